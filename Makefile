@@ -1,0 +1,47 @@
+# Everything runs in .venv, which is made from constraints.txt on first use.
+PYTHON ?= python3.11
+BIN := .venv/bin
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: help setup test chaos parity bench lint types demo clean
+
+help:
+	@echo "make demo    whole job on an embedded corpus, then a search page"
+	@echo "make test    the test suite          make chaos   kills and injected faults"
+	@echo "make lint    ruff                    make types   mypy"
+	@echo "make bench   the acceptance figures  make parity  the model parity table"
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cpu,test]"
+	touch $@
+
+demo: setup
+	$(BIN)/pinakes demo
+
+test: setup
+	RAY_AUTH_MODE=disabled $(BIN)/pytest
+
+chaos: setup
+	RAY_AUTH_MODE=disabled $(BIN)/pytest -m chaos tests/chaos
+
+parity: setup
+	$(BIN)/pytest tests/parity -rA
+
+bench: setup
+	RAY_AUTH_MODE=disabled $(BIN)/python -m tests.bench.quality
+	RAY_AUTH_MODE=disabled $(BIN)/python -m tests.bench.pipeline
+	RAY_AUTH_MODE=disabled $(BIN)/python -m tests.bench.memory
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

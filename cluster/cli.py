@@ -1,0 +1,202 @@
+"""The `pinakes` command: every verb, on this machine or on a cluster.
+
+Exit codes: 0 done · 1 failed · 2 config or usage · 3 input · 4 checkpoint · 5 artifact · 6 storage · 7 quality gate ·
+130 interrupted. Results go to stdout (with --json as one JSON object), progress and errors to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipelines.errors import PinakesError
+
+if TYPE_CHECKING:
+    from pipelines.config import Config
+
+app = typer.Typer(
+    name="pinakes",
+    help="Embed a large corpus and build the index that serves it, on Ray.",
+    epilog="Start with: pinakes demo. Your own corpus: pinakes run configs/NAME.yaml. Exit codes: 0 done, 1 failed, "
+    "2 config or usage, 3 input, 4 checkpoint, 5 artifact, 6 storage, 7 quality gate, 130 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigPath = Annotated[str, typer.Argument(help="A YAML config (see configs/).", metavar="CONFIG")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key, e.g. --set index.factory=Flat.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Root = Annotated[str, typer.Option("--root", help="The root folder or s3:// URL.", envvar="PINAKES_ROOT")]
+
+
+def main() -> None:
+    """Run the command; turn our errors into a message and an exit code."""
+    try:
+        app()
+    except PinakesError as error:
+        _fail(error)
+    except SystemExit as end:
+        if end.code == 130:
+            print("interrupted; what is done stays done: run the same command to go on", file=sys.stderr)
+        raise
+
+
+def _fail(error: PinakesError) -> None:
+    if "--json" in sys.argv:
+        print(json.dumps(error.as_dict(), ensure_ascii=False))
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
+
+
+@app.command(epilog="Example: pinakes run configs/demo.yaml --set index.factory=HNSW32")
+def run(config: ConfigPath, set_: Overrides = None, json_: Json = False, quiet: Quiet = False) -> None:
+    """Do the whole job: ingest, encode, index, evaluate (if there are questions), promote."""
+    from cluster import jobs, summaries
+
+    result = jobs.run(_load(config, set_), _progress(quiet))
+    _show(result, json_, summaries.run_summary)
+
+
+@app.command(epilog="Example: pinakes ingest configs/demo.yaml --json")
+def ingest(config: ConfigPath, set_: Overrides = None, json_: Json = False, quiet: Quiet = False) -> None:
+    """Validate the sources and cut them into a snapshot of parts; bad rows go to quarantine."""
+    from cluster import jobs, summaries
+
+    _show(jobs.ingest(_load(config, set_), _progress(quiet)), json_, summaries.ingest_summary)
+
+
+@app.command(epilog="Example: pinakes encode configs/demo.yaml --set encoder.compute=fp32")
+def encode(config: ConfigPath, set_: Overrides = None, json_: Json = False, quiet: Quiet = False) -> None:
+    """Embed every part of the snapshot that is not embedded yet."""
+    from cluster import jobs, summaries
+
+    _show(jobs.encode(_load(config, set_), _progress(quiet)), json_, summaries.encode_summary)
+
+
+@app.command(epilog="Example: pinakes index configs/demo.yaml --set index.factory=IVF256,SQ8")
+def index(config: ConfigPath, set_: Overrides = None, json_: Json = False, quiet: Quiet = False) -> None:
+    """Train, add, merge, verify and publish a version. The alias is set if it does not exist yet."""
+    from cluster import jobs, summaries
+
+    _show(jobs.index(_load(config, set_), _progress(quiet)), json_, summaries.index_summary)
+
+
+@app.command(epilog="Example: pinakes evaluate configs/demo.yaml --questions questions.jsonl")
+def evaluate(
+    config: ConfigPath,
+    questions: Annotated[str | None, typer.Option(help="JSONL or DPR qas file instead of the config's.")] = None,
+    version: Annotated[str | None, typer.Option(help="A version instead of the alias's current one.")] = None,
+    set_: Overrides = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score a version: top-k accuracy, MRR, nDCG, EM, recall against exact search."""
+    from cluster import jobs, summaries
+
+    overrides = [*(set_ or []), *([f"evaluate.questions={json.dumps(questions)}"] if questions else [])]
+    result = jobs.evaluate(_load(config, overrides), version, _progress(quiet))
+    _show(result, json_, summaries.evaluation_summary)
+
+
+@app.command(epilog="Example: pinakes serve configs/demo.yaml --set serve.port=8080")
+def serve(config: ConfigPath, set_: Overrides = None, quiet: Quiet = False) -> None:
+    """Serve the alias over HTTP until Ctrl-C: the search page, POST /search, GET /passages/{id}."""
+    from cluster import jobs
+
+    jobs.serve_until_interrupted(_load(config, set_), _progress(quiet))
+
+
+@app.command(epilog='Example: pinakes search "who invented the telephone" --root pinakes-data --name wikipedia -k 5')
+def search(
+    query: Annotated[str, typer.Argument(help="What to search for.")],
+    root: Root = "pinakes-data",
+    name: Annotated[str | None, typer.Option(help="The index; needed when the root holds several.")] = None,
+    version: Annotated[str | None, typer.Option(help="A version instead of the alias's current one.")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Hits.")] = 10,
+    json_: Json = False,
+) -> None:
+    """Search a version in this process, without a server."""
+    from cluster import jobs, summaries
+
+    _show(jobs.search(root, name, version, query, k), json_, summaries.search_summary)
+
+
+@app.command(epilog="Example: pinakes status --root s3://bucket/pinakes --json")
+def status(root: Root = "pinakes-data", json_: Json = False) -> None:
+    """List snapshots, embeddings, versions and aliases, finished or under way."""
+    from cluster import jobs, summaries
+
+    _show(jobs.status(root), json_, summaries.status_summary)
+
+
+@app.command(epilog="Example: pinakes inspect sentence-transformers/all-MiniLM-L6-v2")
+def inspect(
+    target: Annotated[str, typer.Argument(help="A checkpoint (directory, URL, hub name) or a file of the root.")],
+    json_: Json = False,
+) -> None:
+    """Say what a checkpoint is, or what a part, shard or manifest holds."""
+    from cluster import jobs, summaries
+
+    _show(jobs.inspect(target), json_, summaries.plain_summary)
+
+
+@app.command(epilog="Example: pinakes promote wikipedia 3f2a91c04be7d815 --root pinakes-data")
+def promote(
+    name: Annotated[str, typer.Argument(help="The alias (the index's name).")],
+    version: Annotated[str, typer.Argument(help="A published version.")],
+    root: Root = "pinakes-data",
+    json_: Json = False,
+) -> None:
+    """Point an alias to a version."""
+    from pipelines import publish
+
+    _show(publish.promote(root, name, version), json_, lambda r: f"{name} -> {r['current']}")
+
+
+@app.command(epilog="Example: pinakes rollback wikipedia --root pinakes-data")
+def rollback(
+    name: Annotated[str, typer.Argument(help="The alias (the index's name).")], root: Root = "pinakes-data", json_: Json = False
+) -> None:
+    """Point an alias back to its previous version."""
+    from pipelines import publish
+
+    _show(publish.rollback(root, name), json_, lambda r: f"{name} -> {r['current']}")
+
+
+@app.command(epilog="Example: pinakes demo --once")
+def demo(
+    once: Annotated[bool, typer.Option("--once", help="Ask one question over HTTP, print the answer and stop.")] = False,
+    config: Annotated[str, typer.Option(help="The config to run.")] = "configs/demo.yaml",
+    set_: Overrides = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run the whole job on the documentation of the installed Python packages, then serve it."""
+    from cluster import jobs
+
+    jobs.demo(_load(config, set_), once, _progress(quiet))
+
+
+def _load(path: str, overrides: list[str] | None) -> Config:
+    from pipelines.config import load_config
+
+    return load_config(path, overrides)
+
+
+def _progress(quiet: bool) -> Any:
+    from cluster.progress import Progress
+
+    return Progress(quiet)
+
+
+def _show(result: dict[str, Any], as_json: bool, summary: Any) -> None:
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    Console(highlight=False).print(summary(result), markup=False)

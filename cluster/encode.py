@@ -1,0 +1,203 @@
+"""`encode` on a cluster: Ray Data streams parts through tokenise tasks, encoder actors and write tasks.
+
+    missing parts -> tokenise (tasks, a sliver of a core) -> encode (actor pool) -> write (tasks) -> receipts
+
+One Ray Data row is one part, so the unit of work, of retry and of resume is the same. The driver asks the store what is
+in place before and after: what counts is the finished file, not what a worker reported.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cluster.pools import IO_CPUS, encoder_pool, run_tasks
+from cluster.progress import Progress, Stage
+from pipelines import corpus, embeddings
+from pipelines.config import ClusterConfig
+from pipelines.encode import Encoder, EncoderSpec, load_tokeniser
+from pipelines.errors import PinakesError
+from pipelines.manifest import (
+    Receipt,
+    drop_receipts,
+    find_done,
+    fingerprint,
+    has_manifest,
+    package_versions,
+    put_done,
+    read_manifest,
+    write_manifest,
+)
+from pipelines.models.base import Tokens
+from pipelines.storage import Store
+
+_ROUNDS = 3
+
+
+def embedding_store(root: str, snapshot: str, spec: EncoderSpec) -> Store:
+    return Store(root).child("embeddings", snapshot, spec.fingerprint)
+
+
+def encode(
+    root: str, snapshot: dict[str, Any], spec: EncoderSpec, cluster: ClusterConfig, progress: Progress
+) -> dict[str, Any]:
+    """Encode every part of `snapshot` that is not yet encoded by `spec`; return the embeddings' manifest."""
+    store = embedding_store(root, snapshot["snapshot"], spec)
+    parts = snapshot["parts"]
+    if has_manifest(store):
+        with progress.stage("encode", len(parts)) as stage:
+            stage.advance(len(parts), reused=True, rows=snapshot["num_rows"])
+        return read_manifest(store, "embeddings")
+    passages = corpus.corpus_store(root, snapshot["corpus"]).child(snapshot["snapshot"])
+    with progress.stage("encode", len(parts)) as stage:
+        receipts = _encode_missing(passages, store, parts, spec, cluster, stage)
+    entries = [
+        {**receipt.as_entry(), "first_row": part["first_row"]} for receipt, part in zip(receipts, parts, strict=True)
+    ]
+    manifest = write_manifest(store, "embeddings", {
+        "snapshot": snapshot["snapshot"], "corpus": snapshot["corpus"], "encoder": spec.as_dict(), "dim": spec.dim,
+        "num_rows": snapshot["num_rows"], "parts": entries, "seconds": round(stage.seconds, 3),
+        "packages": package_versions(),
+    })  # fmt: skip
+    drop_receipts(store)
+    return manifest
+
+
+def _encode_missing(
+    passages: Store, store: Store, parts: list[dict[str, Any]], spec: EncoderSpec, cluster: ClusterConfig, stage: Stage
+) -> list[Receipt]:
+    """Encode until every part is in place; a part that stays missing after a few rounds is an error."""
+    found: dict[int, Receipt] = {}
+    for attempt in range(_ROUNDS):
+        missing = [part for i, part in enumerate(parts) if i not in found]
+        for position, receipt in run_tasks(_find_task, missing, store, spec, num_cpus=IO_CPUS):
+            if receipt is not None:
+                part = _number(missing[position])
+                found[part] = receipt
+                if attempt == 0:
+                    stage.advance(reused=True, rows=receipt.facts["num_rows"], tokens=receipt.facts["num_tokens"])
+        missing = [part for i, part in enumerate(parts) if i not in found]
+        if not missing:
+            return [found[i] for i in range(len(parts))]
+        for row in _stream(passages, store, missing, spec, cluster):
+            receipt = Receipt(**row["receipt"])
+            found[row["part"]] = receipt
+            if attempt == 0:
+                stage.advance(rows=receipt.facts["num_rows"], tokens=receipt.facts["num_tokens"])
+        if len(found) == len(parts):
+            return [found[i] for i in range(len(parts))]
+    missing_names = ", ".join(p["name"] for i, p in enumerate(parts) if i not in found)
+    raise PinakesError(f"{len(parts) - len(found)} parts could not be encoded", where=missing_names[:500],
+                       hint="look at the workers' logs, then run the command again: only these are missing")  # fmt: skip
+
+
+def _stream(
+    passages: Store, store: Store, missing: list[dict[str, Any]], spec: EncoderSpec, cluster: ClusterConfig
+) -> Any:
+    """Yield {"part", "receipt"} for each missing part as its file lands."""
+    import json
+
+    import ray
+
+    pool, resources = encoder_pool(cluster, len(missing))
+    items = [{"part": json.dumps(part)} for part in missing]
+    threads = max(1, int(resources["num_cpus"]))
+    device = "cuda" if resources.get("num_gpus") else "cpu"
+    dataset = (
+        ray.data.from_items(items, override_num_blocks=len(items))
+        .map_batches(_tokenise, fn_args=(passages, spec), batch_size=1, batch_format="pyarrow", num_cpus=IO_CPUS)
+        .map_batches(_EncoderActor, fn_constructor_args=(spec, device, threads), compute=pool, batch_size=1,
+                     batch_format="pyarrow", **resources)
+        .map_batches(_write, fn_args=(store, spec), batch_size=1, batch_format="pyarrow", num_cpus=IO_CPUS)
+    )  # fmt: skip
+    for row in dataset.iter_rows():
+        yield {"part": row["part"], "receipt": json.loads(row["receipt"])}
+
+
+def _tokenise(batch: pa.Table, passages: Store, spec: EncoderSpec) -> pa.Table:
+    """Read one part and tokenise it."""
+    import json
+
+    part = json.loads(batch["part"][0].as_py())
+    table = corpus.read_part(passages, part)
+    tokens = _tokeniser(spec).passages(table["title"].to_pylist(), table["text"].to_pylist())
+    return pa.table({
+        "part": [_number(part)],
+        "id": pa.array([table["id"].to_pylist()], pa.list_(pa.string())),
+        "tokens": _one_list(tokens.ids, pa.int32()),
+        "offsets": _one_list(tokens.offsets, pa.int64()),
+        "types": _one_list(tokens.type_ids, pa.int8()),
+    })  # fmt: skip
+
+
+class _EncoderActor:
+    """Hold a tower and turn tokenised parts into the bytes of embedding parts."""
+
+    def __init__(self, spec: EncoderSpec, device: str, num_threads: int) -> None:
+        self.spec = spec
+        self.encoder = Encoder(spec, "passage", device, num_threads)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        started = time.perf_counter()
+        types = batch["types"].combine_chunks()
+        tokens = Tokens(
+            _only_list(batch["tokens"]),
+            _only_list(batch["offsets"]),
+            None if types.null_count else _only_list(batch["types"]),
+        )
+        emb_ND = self.encoder.encode_tokens(tokens)
+        ids = batch["id"].combine_chunks().flatten()
+        data = embeddings.to_parquet(ids, emb_ND, self.spec.storage)
+        return pa.table({
+            "part": batch["part"],
+            "data": pa.array([data], pa.large_binary()),
+            "num_rows": [len(tokens)],
+            "num_tokens": [len(tokens.ids)],
+            "seconds": [time.perf_counter() - started],
+        })  # fmt: skip
+
+
+def _write(batch: pa.Table, store: Store, spec: EncoderSpec) -> pa.Table:
+    """Put one embedding part in place, with its receipt."""
+    import json
+    from dataclasses import asdict
+
+    row = batch.to_pylist()[0]
+    facts = {"num_rows": row["num_rows"], "num_tokens": row["num_tokens"], "encode_seconds": round(row["seconds"], 3)}
+    name = embeddings.part_name(row["part"])
+    receipt = put_done(store, name, row["data"], _made_from(name, row["num_rows"], spec), facts)
+    return pa.table({"part": [row["part"]], "receipt": [json.dumps(asdict(receipt))]})
+
+
+def _find_task(part: dict[str, Any], store: Store, spec: EncoderSpec) -> Receipt | None:
+    name = embeddings.part_name(_number(part))
+    return find_done(store, name, _made_from(name, part["num_rows"], spec))
+
+
+def _made_from(name: str, num_rows: int, spec: EncoderSpec) -> str:
+    # The folder is named by snapshot and encoder already; this guards against files copied in from elsewhere.
+    return fingerprint([name, num_rows, spec.fingerprint])
+
+
+def _number(part: dict[str, Any]) -> int:
+    return int(part["name"].removeprefix("part-").removesuffix(".parquet"))
+
+
+@lru_cache(maxsize=2)
+def _tokeniser(spec: EncoderSpec) -> Any:
+    return load_tokeniser(spec, "passage")
+
+
+def _one_list(values: Any, kind: pa.DataType) -> pa.Array:
+    """Return a one-row large list column holding the flat array `values` (null for None)."""
+    if values is None:
+        return pa.nulls(1, pa.large_list(kind))
+    return pa.LargeListArray.from_arrays(pa.array([0, len(values)], pa.int64()), pa.array(values, kind))
+
+
+def _only_list(column: pa.ChunkedArray) -> Any:
+    return np.asarray(column.combine_chunks().flatten().to_numpy(zero_copy_only=False))

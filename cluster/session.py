@@ -1,0 +1,73 @@
+"""Connect to a Ray cluster, or start one on this machine, and let go of it again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pipelines.config import ClusterConfig
+from pipelines.errors import ConfigError, PinakesError
+
+
+@contextmanager
+def session(config: ClusterConfig) -> Iterator[None]:
+    """Hold a connection to the cluster of `config` (or RAY_ADDRESS); without either, a local cluster that ends with us.
+
+    Errors raised by our own code inside a worker come out as themselves, not wrapped in Ray's.
+    """
+    import ray
+
+    ours = not ray.is_initialized()
+    if ours:
+        _connect(config)
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        raise _unwrap(error) from error
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _connect(config: ClusterConfig) -> None:
+    import logging
+
+    import ray
+
+    options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False, "ignore_reinit_error": True}
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray's new default would blank the accelerator variables of CPU workers and warn about it.
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        ray.init(address="local", include_dashboard=False, **options)
+    else:
+        try:
+            ray.init(address=address, **options)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            hint = "check cluster.address or RAY_ADDRESS, and RAY_AUTH_MODE/RAY_AUTH_TOKEN if the cluster uses tokens"
+            raise ConfigError(f"cannot connect to the Ray cluster: {error}", where=address, hint=hint) from error
+    _quiet_data_logs()
+
+
+def _quiet_data_logs() -> None:
+    import logging
+
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def _unwrap(error: BaseException) -> BaseException:
+    """Return the PinakesError at the root of what Ray raised, or the error itself."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, PinakesError) and type(seen).__module__ == "pipelines.errors":
+            return seen
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    return error

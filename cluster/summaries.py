@@ -1,0 +1,87 @@
+"""The human-readable form of each verb's result (strings and rich tables)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group
+
+
+def ingest_summary(result: dict[str, Any]) -> str:
+    refused = result["num_quarantined"]
+    reasons = ", ".join(f"{n} {reason}" for reason, n in result["quarantine_reasons"].items())
+    return (
+        f"snapshot {result['snapshot']} of corpus {result['corpus']!r}: {result['num_rows']:,} passages in "
+        f"{len(result['parts'])} parts, {refused:,} rows quarantined" + (f" ({reasons})" if reasons else "")
+    )
+
+
+def encode_summary(result: dict[str, Any]) -> str:
+    encoder = result["encoder"]
+    return (
+        f"embeddings of snapshot {result['snapshot']}: {result['num_rows']:,} vectors of {result['dim']} values "
+        f"({encoder['storage']}, computed in {encoder['compute']}) by {encoder['checkpoint']} [{encoder['fingerprint']}]"
+    )
+
+
+def index_summary(result: dict[str, Any]) -> str:
+    recall = result["recall"]
+    told = f", recall@{recall['k']} {recall['value']:.4f} ± {recall['ci95']:.4f}" if recall else ""
+    return (
+        f"index {result['name']!r} version {result['version']}: {result['num_rows']:,} vectors, {result['factory']}, "
+        f"{result['num_shards']} shard{'s' if result['num_shards'] > 1 else ''}{told}"
+    )
+
+
+def run_summary(result: dict[str, Any]) -> Any:
+    lines: list[Any] = [index_summary(result["version"])]
+    if result["evaluation"]:
+        lines.append(evaluation_summary(result["evaluation"]))
+    alias = result["alias"]
+    lines.append(f"alias {alias['name']} -> {alias['current']}")
+    return Group(*lines)
+
+
+def evaluation_summary(result: dict[str, Any]) -> Any:
+    from pipelines.evaluate import format_table
+
+    return format_table(result)
+
+
+def search_summary(result: dict[str, Any]) -> str:
+    lines = [f"{result['query']}    (version {result['version']}, {sum_ms(result['took_ms']):.0f} ms)"]
+    for rank, hit in enumerate(result["hits"], 1):
+        text = hit["text"] if len(hit["text"]) <= 300 else hit["text"][:300] + "…"
+        lines += [f"\n{rank}. {hit['title'] or hit['id']}  [{hit['id']}]  {hit['score']:.4f}", f"   {text}"]
+        lines += [f"   answers: {', '.join(hit['answers'])}"] if hit.get("answers") else []
+    return "\n".join(lines)
+
+
+def sum_ms(took: dict[str, float]) -> float:
+    return took.get("total") or sum(took.values())
+
+
+def status_summary(result: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    table = Table("what", "name", "state", "rows", "details", title=f"root {result['root']}")
+    for s in result["snapshots"]:
+        detail = f"{s['num_quarantined']} quarantined" if "num_quarantined" in s else _unfinished(s)
+        table.add_row("snapshot", f"{s['corpus']}/{s['snapshot']}", s["state"], str(s.get("num_rows", "")), detail)
+    for e in result["embeddings"]:
+        detail = f"{e['dim']}-d" if "dim" in e else _unfinished(e)
+        table.add_row("embeddings", f"{e['snapshot']}/{e['encoder']}", e["state"], str(e.get("num_rows", "")), detail)
+    for v in result["versions"]:
+        detail = f"{v['factory']}, {v['num_shards']} shards" if "factory" in v else _unfinished(v)
+        table.add_row("version", f"{v['name']}/{v['version']}", v["state"], str(v.get("num_rows", "")), detail)
+    for a in result["aliases"]:
+        table.add_row("alias", a["name"], f"-> {a['current']}", "", f"previous {a['previous'] or 'none'}")
+    return table
+
+
+def _unfinished(entry: dict[str, Any]) -> str:
+    return f"{entry['files_done']} files done; run its step again to go on"
+
+
+def plain_summary(result: dict[str, Any]) -> str:
+    return "\n".join(f"{key:<18} {value}" for key, value in result.items())

@@ -1,0 +1,278 @@
+"""The steps between embeddings and a published version; each is one function that can run anywhere.
+
+    train_quantizer -> add_group (many) -> merge_shard (one a shard) -> write_passages (one a shard)
+
+A step looks first whether its file is already in place and whole, so running it again costs a checksum. A shard covers
+a contiguous range of rows; types that can be merged are built in groups of rows and merged, the others (HNSW and so on)
+are built a shard at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipelines import corpus, embeddings
+from pipelines.config import IndexConfig
+from pipelines.errors import ArtifactError
+from pipelines.index.build import add, clone_empty, merge, quantizer_digest, read, train, write
+from pipelines.index.search import exact_topk
+from pipelines.index.spec import IndexSpec, parse_spec
+from pipelines.manifest import Receipt, ensure, find_done, fingerprint, put_done
+from pipelines.schema import FORMAT_VERSION, PASSAGE
+from pipelines.storage import Store, temporary_file
+
+Array = npt.NDArray[Any]
+TRAINED = "trained.faiss"
+_PASSAGES_IN_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows `start:stop` of the snapshot."""
+
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One shard: its number, its rows, and the groups of rows it is built from."""
+
+    number: int
+    rows: Rows
+    groups: tuple[Rows, ...]
+
+    @property
+    def name(self) -> str:
+        return f"shard-{self.number:03d}.faiss"
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """Everything a step needs: where things are, what is built, and the version it becomes."""
+
+    root: str
+    config: IndexConfig
+    embeddings: dict[str, Any]
+    snapshot: dict[str, Any]
+    metric: str
+    shards: tuple[ShardPlan, ...]
+    num_threads: int
+
+    @property
+    def version(self) -> str:
+        """Return the version's name: a fingerprint of all that determines its files."""
+        encoder = self.embeddings["encoder"]
+        settings = self.config.model_dump(exclude={"name", "min_recall", "recall_queries"})
+        identity = [encoder["fingerprint"], encoder["query_fingerprint"], self.embeddings["snapshot"]]
+        return fingerprint([FORMAT_VERSION, *identity, self.metric, len(self.shards), settings])
+
+    @property
+    def dim(self) -> int:
+        return int(self.embeddings["dim"])
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.embeddings["num_rows"])
+
+    @property
+    def spec(self) -> IndexSpec:
+        return parse_spec(self.config.factory, self.dim, self.metric)  # type: ignore[arg-type]
+
+    @property
+    def store(self) -> Store:
+        return Store(self.root).child("indexes", self.config.name, self.version)
+
+    @property
+    def work(self) -> Store:
+        """Return the folder of intermediate files, removed once the version is published."""
+        return self.store.child("work")
+
+    @property
+    def vectors(self) -> Store:
+        return Store(self.root).child("embeddings", self.embeddings["snapshot"], self.embeddings["encoder"]["fingerprint"])
+
+    @property
+    def passages(self) -> Store:
+        return corpus.corpus_store(self.root, self.snapshot["corpus"]).child(self.snapshot["snapshot"])
+
+
+def plan_build(
+    root: str, config: IndexConfig, snapshot: dict[str, Any], embedded: dict[str, Any], num_threads: int
+) -> BuildPlan:
+    """Settle the metric and cut the rows into shards and groups. Raises ConfigError for an impossible factory."""
+    metric = "ip" if config.metric == "auto" else config.metric
+    num_rows = int(embedded["num_rows"])
+    num_shards = config.num_shards or -(-num_rows // config.max_shard_rows)
+    mergeable = parse_spec(config.factory, int(embedded["dim"]), metric).mergeable  # type: ignore[arg-type]
+    shards = []
+    for number, rows in enumerate(_cut(Rows(0, num_rows), min(num_shards, num_rows))):
+        num_groups = -(-len(rows) // config.group_rows) if mergeable else 1
+        shards.append(ShardPlan(number, rows, tuple(_cut(rows, num_groups))))
+    return BuildPlan(root, config, embedded, snapshot, metric, tuple(shards), num_threads)
+
+
+def _cut(rows: Rows, pieces: int) -> Iterator[Rows]:
+    bounds = [rows.start + len(rows) * i // pieces for i in range(pieces + 1)]
+    return (Rows(a, b) for a, b in zip(bounds, bounds[1:], strict=False))
+
+
+def train_quantizer(plan: BuildPlan) -> Receipt:
+    """Train one quantizer on a seeded random sample of the whole corpus and put it in place, empty."""
+
+    def make() -> Receipt:
+        wanted = plan.config.train_rows or plan.spec.default_train_rows(plan.num_rows)
+        num_rows = min(wanted, plan.num_rows) if plan.spec.needs_training else 0
+        sample = embeddings.sample(plan.vectors, plan.embeddings["parts"], plan.dim, num_rows, plan.config.seed)
+        index = train(plan.spec, sample, plan.config.seed, plan.num_threads)
+        facts = {"train_rows": num_rows, "quantizer": quantizer_digest(index)}
+        return _put_index(plan.store, TRAINED, index, plan.version, facts)
+
+    return ensure(plan.store, TRAINED, plan.version, make)
+
+
+def add_group(plan: BuildPlan, trained: Receipt, shard: ShardPlan, group: int) -> Receipt:
+    """Add one group's rows to a copy of the trained index: the whole shard when it has one group only."""
+    alone = len(shard.groups) == 1
+    store = plan.store if alone else plan.work
+    name = shard.name if alone else _group_name(shard, group)
+    made_from = fingerprint([plan.version, trained.sha256, name])
+
+    def make() -> Receipt:
+        index = read(plan.store.local(TRAINED, trained.sha256), mmap=False)
+        for vectors_ND, rows_N in iter_rows(plan, shard.groups[group]):
+            add(index, vectors_ND, rows_N, num_threads=1)
+        return _put_index(store, name, index, made_from, _shard_facts(shard.groups[group], trained))
+
+    return ensure(store, name, made_from, make)
+
+
+def merge_shard(plan: BuildPlan, trained: Receipt, shard: ShardPlan, groups: list[Receipt]) -> Receipt:
+    """Merge a shard's groups in row order; only one group is in memory beside the growing shard."""
+    if len(shard.groups) == 1:
+        return groups[0]
+    made_from = fingerprint([plan.version, trained.sha256, shard.name])
+
+    def make() -> Receipt:
+        index = clone_empty(read(plan.store.local(TRAINED, trained.sha256), mmap=False))
+        for receipt in groups:
+            merge(index, read(plan.work.local(receipt.name, receipt.sha256), mmap=False))
+        return _put_index(plan.store, shard.name, index, made_from, _shard_facts(shard.rows, trained))
+
+    return ensure(plan.store, shard.name, made_from, make)
+
+
+def find_shard(plan: BuildPlan, trained: Receipt, shard: ShardPlan) -> Receipt | None:
+    """Return the receipt of a shard that is in place and whole (its groups may be gone by then)."""
+    return find_done(plan.store, shard.name, fingerprint([plan.version, trained.sha256, shard.name]))
+
+
+def drop_groups(plan: BuildPlan, shard: ShardPlan, groups: list[Receipt]) -> None:
+    """Remove a merged shard's groups, so that disk use stays near the size of the index."""
+    if len(shard.groups) > 1:
+        for receipt in groups:
+            plan.work.remove(receipt.name)
+
+
+def write_passages(plan: BuildPlan, shard: ShardPlan) -> list[Receipt]:
+    """Write the shard's passages in row order (memory-mappable Arrow) and its sorted id digests."""
+    passages, ids = f"passages-{shard.number:03d}.arrow", f"ids-{shard.number:03d}.arrow"
+    made_from = fingerprint([plan.version, plan.snapshot["snapshot"], passages])
+    facts = {"num_rows": len(shard.rows), "first_row": shard.rows.start}
+    digests: list[Array] = []
+
+    def make_passages() -> Receipt:
+        with temporary_file() as temp:
+            with pa.OSFile(temp, "wb") as sink, pa.ipc.new_file(sink, PASSAGE) as writer:
+                for table in _passage_tables(plan, shard.rows):
+                    digests.append(id_digests(table["id"].to_pylist()))
+                    writer.write_table(table, max_chunksize=_PASSAGES_IN_BATCH)
+            return put_done(plan.store, passages, temp, made_from, facts)
+
+    def make_ids() -> Receipt:
+        found = digests or [id_digests(t["id"].to_pylist()) for t in _passage_tables(plan, shard.rows)]
+        digest = np.concatenate(found)
+        order = np.argsort(digest, kind="stable")
+        table = pa.table({"id_digest": digest[order], "row": order + shard.rows.start})
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        return put_done(plan.store, ids, bytes(sink.getvalue()), made_from, facts)
+
+    return [ensure(plan.store, passages, made_from, make_passages), ensure(plan.store, ids, made_from, make_ids)]
+
+
+def id_digests(ids: list[str]) -> Array:
+    """Return (N,) uint64: 8 bytes of BLAKE2b of each id, the key of the id lookup."""
+    joined = b"".join(hashlib.blake2b(i.encode(), digest_size=8).digest() for i in ids)
+    return np.frombuffer(joined, np.uint64)
+
+
+def iter_rows(plan: BuildPlan, rows: Rows) -> Iterator[tuple[Array, Array]]:
+    """Yield (vectors (N, D) float32, rows (N,) int64) of `rows`, part by part."""
+    for entry in plan.embeddings["parts"]:
+        first, last = entry["first_row"], entry["first_row"] + entry["num_rows"]
+        if first < rows.stop and rows.start < last:
+            for vectors_ND, rows_N in embeddings.iter_blocks(plan.vectors, [entry], plan.dim):
+                inside = slice(max(0, rows.start - first), min(last, rows.stop) - first)
+                yield vectors_ND[inside], rows_N[inside]
+
+
+def exact_in(plan: BuildPlan, rows: Rows, queries_BD: Array, k: int) -> tuple[Array, Array]:
+    """Return the exact (score_BK, row_BK) of the queries among `rows`, by brute force over the embeddings."""
+    return exact_topk(queries_BD, iter_rows(plan, rows), k, plan.metric, num_threads=1)  # type: ignore[arg-type]
+
+
+def sample_sentences(plan: BuildPlan, num: int) -> list[str]:
+    """Return `num` query-like texts: one sentence from inside each of a seeded random sample of passages."""
+    rng = np.random.default_rng([plan.config.seed, 1])
+    rows = np.sort(rng.choice(plan.num_rows, size=min(num, plan.num_rows), replace=False))
+    sentences = []
+    for entry in plan.snapshot["parts"]:
+        mine = rows[(rows >= entry["first_row"]) & (rows < entry["first_row"] + entry["num_rows"])] - entry["first_row"]
+        if len(mine):
+            texts = corpus.read_part(plan.passages, entry).column("text").take(mine).to_pylist()
+            sentences += [_a_sentence(text, rng) for text in texts]
+    return sentences
+
+
+def _a_sentence(text: str, rng: np.random.Generator) -> str:
+    pieces = [p.strip() for p in re.split(r"(?<=[.!?])\s+", text) if len(p.split()) >= 3]
+    return pieces[int(rng.integers(len(pieces)))] if pieces else text
+
+
+def _passage_tables(plan: BuildPlan, rows: Rows) -> Iterator[pa.Table]:
+    for entry in plan.snapshot["parts"]:
+        first, last = entry["first_row"], entry["first_row"] + entry["num_rows"]
+        if first < rows.stop and rows.start < last:
+            table = corpus.read_part(plan.passages, entry)
+            start = max(0, rows.start - first)
+            yield table.slice(start, min(last, rows.stop) - first - start).cast(PASSAGE)
+
+
+def _group_name(shard: ShardPlan, group: int) -> str:
+    return f"group-{shard.number:03d}-{group:04d}.faiss"
+
+
+def _shard_facts(rows: Rows, trained: Receipt) -> dict[str, Any]:
+    return {"num_rows": len(rows), "first_row": rows.start, "quantizer": trained.facts["quantizer"]}
+
+
+def _put_index(store: Store, name: str, index: Any, made_from: str, facts: dict[str, Any]) -> Receipt:
+    if facts.get("num_rows", index.ntotal) != index.ntotal:
+        raise ArtifactError(f"{name} holds {index.ntotal} vectors", where=store.path(name), expected=str(facts["num_rows"]),
+                            hint="an embedding part and its manifest disagree: run `pinakes encode` again")  # fmt: skip
+    with temporary_file() as temp:
+        write(index, temp)
+        return put_done(store, name, temp, made_from, facts)

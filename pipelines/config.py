@@ -1,0 +1,203 @@
+"""The config of one use: strict models for `configs/*.yaml`. An unknown key is an error that names the nearest one."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipelines.errors import ConfigError
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class CorpusConfig(Strict):
+    """Where passages come from and when a row is refused."""
+
+    name: Name = "corpus"
+    sources: list[str] = Field(min_length=1)
+    """Paths, globs or URLs (local, s3://, https://); with `format: pydocs`, names of installed packages."""
+    format: Literal["auto", "tsv", "csv", "jsonl", "parquet", "pydocs"] = "auto"
+    columns: dict[Literal["id", "title", "text", "answers"], str] = {}
+    part_size: int = Field(16_384, ge=1)
+    """Passages in a part, the unit of work and of resume."""
+    split_bytes: int = Field(64 << 20, ge=1)
+    """Bytes of one parallel read of a big text file."""
+    max_row_bytes: int = Field(1 << 20, ge=64)
+    """A longer row goes to quarantine (often it is an unclosed quote)."""
+    max_quarantined_share: float = Field(0.01, ge=0, le=1)
+    """The run fails when a larger share of the rows is quarantined."""
+
+
+class EncoderConfig(Strict):
+    """The model and everything that changes its vectors, plus how the work is cut (which does not)."""
+
+    checkpoint: str
+    """Directory, URL or hub name of the passage encoder (and of the query encoder unless the next is set)."""
+    query_checkpoint: str | None = None
+    compute: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the forward pass; auto is bf16 where the hardware has it, else fp32."""
+    storage: Literal["fp16", "fp32"] = "fp16"
+    max_length: int | None = Field(None, ge=2)
+    token_budget: int = Field(2048, ge=1)
+    """Padded tokens in a micro-batch."""
+
+
+class IndexConfig(Strict):
+    """What is built: any FAISS factory string that is valid for the encoder's dimension."""
+
+    name: Name = "index"
+    factory: str = "Flat"
+    metric: Literal["auto", "ip", "l2"] = "auto"
+    """auto: inner product (cosine encoders give unit vectors, so it ranks them by cosine)."""
+    num_shards: int | None = Field(None, ge=1)
+    """Shards asked for; without it, as many as keep `max_shard_rows`."""
+    max_shard_rows: int = Field(4_000_000, ge=1)
+    group_rows: int = Field(262_144, ge=1)
+    """Rows that one add task puts into its piece of a mergeable index."""
+    train_rows: int | None = Field(None, ge=1)
+    """Size of the training sample; by default what the factory needs."""
+    seed: int = 0
+    search_params: dict[str, int | float] = {}
+    """FAISS search parameters of the version, such as nprobe or efSearch."""
+    min_recall: float | None = Field(None, ge=0, le=1)
+    """Refuse to publish below this recall@10 against exact search."""
+    recall_queries: int = Field(200, ge=1)
+
+
+class EvaluateConfig(Strict):
+    questions: str | None = None
+    k: list[int] = Field([1, 5, 20, 100], min_length=1)
+    positive_prefix: bool = False
+    """Count passages `name#2`, `name#3` … as the gold passage `name` (a document cut into passages)."""
+
+
+class ServeConfig(Strict):
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    replicas: int = Field(1, ge=1)
+    placement: Literal["together", "spread"] = "together"
+    """together: every replica maps all shards; spread: a deployment for each shard."""
+    max_k: int = Field(1000, ge=1)
+    max_batch: int = Field(256, ge=1)
+    max_query_chars: int = Field(10_000, ge=1)
+    reranker: str | None = None
+    """Directory, URL or hub name of a cross-encoder; enables `rerank: true`."""
+    rerank_depth: int = Field(50, ge=1)
+
+
+class ClusterConfig(Strict):
+    address: str | None = None
+    """An existing cluster (`auto`, host:port, ray://…); without it RAY_ADDRESS, else a cluster on this machine."""
+    workers: int | tuple[int, int] | None = None
+    """Encoder actors: a number, or [min, max]; without it one for each core or GPU."""
+    gpus_per_worker: float = Field(0, ge=0)
+    cpus_per_worker: float = Field(0.85, gt=0)
+    """Just under one core by default, so that readers and writers find room beside one worker a core."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ClusterConfig:
+        low, high = self.worker_range() or (1, 1)
+        if not 1 <= low <= high:
+            raise ValueError("workers is a number >= 1, or [min, max] with 1 <= min <= max")
+        return self
+
+    def worker_range(self) -> tuple[int, int] | None:
+        return (self.workers, self.workers) if isinstance(self.workers, int) else self.workers
+
+
+class Config(Strict):
+    """One use of Pinakes: a corpus, an encoder, an index, and how they are evaluated, served and run."""
+
+    root: str = "pinakes-data"
+    corpus: CorpusConfig
+    encoder: EncoderConfig
+    index: IndexConfig = IndexConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    serve: ServeConfig = ServeConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+
+def load_config(path: str, overrides: list[str] | None = None) -> Config:
+    """Read `path` (YAML, local or any fsspec URL) and apply overrides such as `index.factory=Flat`.
+
+    Raises ConfigError naming the file, the key and, for a misspelt key, the nearest one.
+    """
+    import fsspec
+    import yaml
+
+    try:
+        with fsspec.open(path, "r", encoding="utf-8") as handle:
+            content = yaml.safe_load(handle)
+    except FileNotFoundError as error:
+        hint = "give the path of a YAML file; `configs/` holds one for each use"
+        raise ConfigError("there is no such config file", where=path, hint=hint) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the file is not YAML: {error}", where=path) from error
+    except OSError as error:
+        raise ConfigError(f"the config can't be read: {error}", where=path) from error
+    if not isinstance(content, dict):
+        raise ConfigError("the file holds no keys", where=path, expected="root, corpus, encoder, index, …")
+    for override in overrides or []:
+        _override(content, override)
+    return parse_config(content, path)
+
+
+def parse_config(content: dict[str, Any], where: str = "config") -> Config:
+    """Validate `content`. Raises ConfigError with every problem found, one a line."""
+    try:
+        return Config.model_validate(content)
+    except ValidationError as error:
+        problems = [_problem(dict(item)) for item in error.errors()]
+        plural = "problem" if len(problems) == 1 else "problems"
+        raise ConfigError(f"{len(problems)} {plural} in the config\n" + "\n".join(f"  - {p}" for p in problems),
+                          where=where, hint="`configs/` holds working examples; README lists the keys") from error  # fmt: skip
+
+
+def nearest(name: str, candidates: list[str]) -> str | None:
+    """Return the candidate most like `name`, or None when none is near."""
+    found = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
+    return found[0] if found else None
+
+
+def _problem(item: dict[str, Any]) -> str:
+    location = [str(piece) for piece in item["loc"]]
+    key = ".".join(location)
+    if item["type"] != "extra_forbidden":
+        return f"{key}: {item['msg']} (found {item.get('input')!r})"
+    known = _keys_at(location[:-1])
+    guess = nearest(location[-1], known)
+    return f"unknown key {key!r}" + (f"; did you mean {guess!r}?" if guess else f"; known keys: {', '.join(known)}")
+
+
+def _keys_at(location: list[str]) -> list[str]:
+    model: type[BaseModel] = Config
+    for piece in location:
+        annotation = model.model_fields[piece].annotation if piece in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return sorted(model.model_fields)
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    import yaml
+
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"cannot read the override {override!r}", expected="key.subkey=value, for example index.factory=Flat")
+    *path, last = key.split(".")
+    node = content
+    for piece in path:
+        node = node.setdefault(piece, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"{piece!r} in the override {override!r} is a value, not a section")
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of the override {override!r} is not YAML: {error}") from error

@@ -1,0 +1,205 @@
+"""Tokens -> micro-batches -> vectors: the engine that every encoder runs through.
+
+Micro-batches are cut from the length-sorted texts of one part under a budget of padded tokens, so a part's vectors
+depend on the part, the encoder and the budget, never on how many workers there are or in what order parts arrive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from pipelines.config import EncoderConfig
+    from pipelines.models.base import Side, Tokeniser, Tokens, Tower
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """A resolved encoder: what it is, where its files are, and the fingerprint that its embeddings carry.
+
+    `fingerprint` covers the passage side only (it names the embedding folder); `query_fingerprint` covers the query
+    side, and both are bound into a version.
+    """
+
+    checkpoint: str
+    query_checkpoint: str
+    family: str
+    query_family: str
+    dim: int
+    similarity: str
+    max_length: int
+    compute: str
+    storage: str
+    token_budget: int
+    formatting: str
+    digest: str
+    query_digest: str
+
+    @property
+    def fingerprint(self) -> str:
+        return self._fingerprint("passage", self.family, self.digest)
+
+    @property
+    def query_fingerprint(self) -> str:
+        return self._fingerprint("query", self.query_family, self.query_digest)
+
+    def _fingerprint(self, side: str, family: str, digest: str) -> str:
+        from pipelines.manifest import fingerprint
+
+        settings = [self.dim, self.similarity, self.max_length, self.compute, self.storage, self.formatting]
+        return fingerprint([side, family, digest, *settings])
+
+    def as_dict(self) -> dict[str, Any]:
+        from dataclasses import asdict
+
+        return {**asdict(self), "fingerprint": self.fingerprint, "query_fingerprint": self.query_fingerprint}
+
+
+def resolve(config: EncoderConfig, on_gpu: bool = False) -> EncoderSpec:
+    """Fetch and read the checkpoint(s) of `config` and settle every `auto`.
+
+    Raises CheckpointError when a directory is not what it should be or the two sides differ in width.
+    """
+    from pipelines.models import checkpoint_digest, describe
+    from pipelines.models.fetch import fetch
+
+    query = config.query_checkpoint or config.checkpoint
+    directory, query_directory = fetch(config.checkpoint), fetch(query)
+    info, query_info = describe(directory), describe(query_directory)
+    if info.dim != query_info.dim:
+        raise CheckpointError(
+            f"the query encoder gives {query_info.dim} values, the passage encoder {info.dim}",
+            where=query_directory, expected="two encoders trained together", hint="check encoder.query_checkpoint",
+        )  # fmt: skip
+    max_length = min(config.max_length or info.max_length, info.max_length)
+    digest = checkpoint_digest(directory)
+    return EncoderSpec(
+        checkpoint=config.checkpoint, query_checkpoint=query, family=info.family, query_family=query_info.family,
+        dim=info.dim, similarity=info.similarity, max_length=max_length,
+        compute=default_compute(on_gpu) if config.compute == "auto" else config.compute, storage=config.storage,
+        token_budget=config.token_budget, formatting=info.formatting, digest=digest,
+        query_digest=digest if query_directory == directory else checkpoint_digest(query_directory),
+    )  # fmt: skip
+
+
+def default_compute(on_gpu: bool) -> str:
+    """Return "bf16" where the hardware multiplies it natively, else "fp32"."""
+    import torch
+
+    if on_gpu:
+        return "bf16" if not torch.cuda.is_available() or torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+class Encoder:
+    """One side of an encoder, ready to run: a tokeniser and a tower on a device."""
+
+    def __init__(self, spec: EncoderSpec, side: Side, device: str = "cpu", num_threads: int | None = None) -> None:
+        import torch
+
+        from pipelines.models import find_family
+
+        if num_threads:
+            torch.set_num_threads(num_threads)
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise ConfigError("no CUDA device is visible here", hint="set cluster.gpus_per_worker: 0 to encode on CPUs")
+        self.spec, self.side, self.device = spec, side, device
+        directory = local_checkpoint(spec, side)
+        self.tokeniser = load_tokeniser(spec, side)
+        self.tower: Tower = find_family(directory).load_tower(directory, side, spec.compute, device)
+
+    def encode_tokens(self, tokens: Tokens) -> Array:
+        """Return emb_ND (N, D) float32 for N texts, in their order."""
+        emb_ND = np.zeros((len(tokens), self.tower.dim), np.float32)
+        for batch in micro_batches(tokens.lengths, self.spec.token_budget):
+            emb_ND[batch] = self._forward(tokens, batch)
+        return emb_ND
+
+    def encode_queries(self, texts: Sequence[str]) -> Array:
+        """Return emb_BD (B, D) float32 for B query texts."""
+        return self.encode_tokens(self.tokeniser.queries(list(texts)))
+
+    def encode_passages(self, titles: Sequence[str], texts: Sequence[str]) -> Array:
+        """Return emb_ND (N, D) float32 for N passages."""
+        return self.encode_tokens(self.tokeniser.passages(list(titles), list(texts)))
+
+    def _forward(self, tokens: Tokens, batch: Array) -> Array:
+        import torch
+
+        ids_BL, mask_BL, types_BL = pad(tokens, batch, self.tokeniser.pad_id)
+        move = [None if a is None else torch.from_numpy(a).to(self.device) for a in (ids_BL, mask_BL, types_BL)]
+        with torch.inference_mode():
+            result: Array = self.tower(*move).float().cpu().numpy()
+        return result
+
+
+def local_checkpoint(spec: EncoderSpec, side: Side) -> str:
+    """Return the local directory of one side, refusing one whose files are no longer those of `spec`."""
+    from pipelines.models.fetch import fetch
+
+    name = spec.checkpoint if side == "passage" else spec.query_checkpoint
+    directory = fetch(name)
+    expected = spec.digest if side == "passage" else spec.query_digest
+    if (found := _cached_digest(directory)) != expected:
+        raise CheckpointError(
+            f"the {side} encoder's files are not those that made these embeddings",
+            where=directory,
+            expected=f"digest {expected[:16]}, found {found[:16]}",
+            hint="restore the checkpoint, or encode again with the new one (it gets a place of its own)",
+        )
+    return directory
+
+
+@lru_cache(maxsize=16)
+def _cached_digest(directory: str) -> str:
+    from pipelines.models import checkpoint_digest
+
+    return checkpoint_digest(directory)
+
+
+def load_tokeniser(spec: EncoderSpec, side: Side) -> Tokeniser:
+    """Return the tokeniser of one side, without loading any weights."""
+    from pipelines.models import find_family
+    from pipelines.models.fetch import fetch
+
+    directory = fetch(spec.checkpoint if side == "passage" else spec.query_checkpoint)
+    return find_family(directory).load_tokeniser(directory, spec.max_length)
+
+
+def micro_batches(length_N: Array, token_budget: int) -> Iterator[Array]:
+    """Yield index arrays that cover 0..N-1 once: longest first, each of at most `token_budget` padded tokens.
+
+    A text longer than the budget gets a micro-batch of its own.
+    """
+    order = np.argsort(-np.asarray(length_N), kind="stable")
+    start = 0
+    while start < len(order):
+        longest = max(1, int(length_N[order[start]]))
+        stop = start + max(1, token_budget // longest)
+        yield order[start:stop]
+        start = stop
+
+
+def pad(tokens: Tokens, batch: Array, pad_id: int) -> tuple[Array, Array, Array | None]:
+    """Return ids_BL, mask_BL and types_BL (int64; types None when the model takes none) for the texts in `batch`."""
+    starts, length_B = tokens.offsets[batch], tokens.lengths[batch]
+    column = np.arange(max(1, int(length_B.max(initial=0))))
+    mask_BL = column[None, :] < length_B[:, None]
+    source = (starts[:, None] + column[None, :])[mask_BL]
+    ids_BL = np.full(mask_BL.shape, pad_id, np.int64)
+    ids_BL[mask_BL] = tokens.ids[source]
+    if tokens.type_ids is None:
+        return ids_BL, mask_BL.astype(np.int64), None
+    types_BL = np.zeros(mask_BL.shape, np.int64)
+    types_BL[mask_BL] = tokens.type_ids[source]
+    return ids_BL, mask_BL.astype(np.int64), types_BL

@@ -1,0 +1,67 @@
+"""Every error Pinakes raises on purpose, and the exit code each gives the `pinakes` command.
+
+    PinakesError                1   something we refuse or cannot do
+    ├── ConfigError             2   a config file, option or request that cannot be meant
+    ├── InputError              3   the corpus, questions or query: missing, empty, malformed, too much quarantined
+    ├── CheckpointError         4   a model directory that is unrecognised, incomplete or not what was declared
+    ├── ArtifactError           5   a part, shard, manifest or alias that is missing, damaged or does not belong
+    ├── StorageError            6   the store refused: full, forbidden, unreachable, lost a race
+    └── QualityError            7   a version that misses its recall target; nothing was published
+
+A message says what was wrong and where, what was expected, and the next step.
+"""
+
+from __future__ import annotations
+
+
+class PinakesError(Exception):
+    """Explain a refusal: `what` happened `where`, what was `expected`, and the `hint` to go on.
+
+    All four are plain strings and the error pickles, so it survives the trip from a worker to the driver.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str = "", expected: str = "", hint: str = "") -> None:
+        self.what, self.where, self.expected, self.hint = what, where, expected, hint
+        lines = [what]
+        lines += [f"  where:    {where}"] if where else []
+        lines += [f"  expected: {expected}"] if expected else []
+        lines += [f"  next:     {hint}"] if hint else []
+        super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.what, self.where, self.expected, self.hint)
+
+    def as_dict(self) -> dict[str, str]:
+        """Return the message's pieces for `--json` and HTTP problem bodies."""
+        pieces = {"error": type(self).__name__, "what": self.what, "where": self.where}
+        return {k: v for k, v in {**pieces, "expected": self.expected, "next": self.hint}.items() if v}
+
+
+def _rebuild(kind: type[PinakesError], what: str, where: str, expected: str, hint: str) -> PinakesError:
+    return kind(what, where=where, expected=expected, hint=hint)
+
+
+class ConfigError(PinakesError):
+    exit_code = 2
+
+
+class InputError(PinakesError):
+    exit_code = 3
+
+
+class CheckpointError(PinakesError):
+    exit_code = 4
+
+
+class ArtifactError(PinakesError):
+    exit_code = 5
+
+
+class StorageError(PinakesError):
+    exit_code = 6
+
+
+class QualityError(PinakesError):
+    exit_code = 7

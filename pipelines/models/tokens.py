@@ -1,0 +1,144 @@
+"""Tokenise without padding: the Rust tokeniser of a checkpoint, and its output as one flat array of ids.
+
+Nothing here touches weights or imports torch. `transformers` is imported only for a directory without
+`tokenizer.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from pipelines.errors import CheckpointError, ConfigError
+from pipelines.models.base import Tokens
+from pipelines.models.files import TOKENISER_FILES, read_json, refuse
+
+_SHORTEST = 8  # tokens; below it hardly anything of a text is left beside the special tokens
+_CASED_SHARE = 0.01  # of the vocabulary; cased BERT vocabularies have over 20% upper-case pieces, uncased ones none
+_BERT_SETTINGS = {
+    "do_lower_case": "lowercase",
+    "strip_accents": "strip_accents",
+    "tokenize_chinese_chars": "handle_chinese_chars",
+}
+
+Text = str | tuple[str, str]
+
+
+@dataclass
+class TextEncoder:
+    """A checkpoint's tokeniser: texts, or pairs of texts, to ids with special tokens, cut to `max_length`.
+
+    A pair is cut longest side first. with_types: give token type ids (segment 1 for the second text of a pair).
+    Pickles whole, so a worker needs no file.
+    """
+
+    backend: Any
+    pad_id: int
+    max_length: int
+    with_types: bool = False
+
+    def __post_init__(self) -> None:
+        self.backend.no_padding()
+        self.backend.enable_truncation(self.max_length, strategy="longest_first")
+
+    def encode(self, texts: Sequence[Text]) -> Tokens:
+        encodings = self.backend.encode_batch_fast(list(texts))
+        ids = [encoding.ids for encoding in encodings]
+        offsets = np.zeros(len(ids) + 1, dtype=np.int64)
+        np.cumsum([len(row) for row in ids], out=offsets[1:])
+        total = int(offsets[-1])
+        flat = np.fromiter(chain.from_iterable(ids), dtype=np.int32, count=total)
+        if not self.with_types:
+            return Tokens(flat, offsets)
+        rows = (encoding.type_ids for encoding in encodings)
+        return Tokens(flat, offsets, np.fromiter(chain.from_iterable(rows), dtype=np.int8, count=total))
+
+
+def load_backend(directory: str, kind: str = "AutoTokenizer") -> Any:
+    """Return the `tokenizers.Tokenizer` of the directory, with the lower-casing the checkpoint declares.
+
+    kind: the transformers class that reads a directory without tokenizer.json. Lower-casing of BERT vocabularies is
+    what tokenizer_config.json says; where it is silent, what tokenizer.json says, or whether the vocabulary holds
+    capitals (transformers 5 would lower-case a cased model then). Raises CheckpointError.
+    """
+    from tokenizers import Tokenizer
+
+    path = os.path.join(directory, "tokenizer.json")
+    if not os.path.isfile(path):
+        return _convert(directory, kind)
+    try:
+        backend = Tokenizer.from_file(path)
+    except Exception as error:  # the Rust binding raises bare Exception
+        raise CheckpointError(f"tokenizer.json cannot be read: {error}", where=directory) from error
+    if type(backend.normalizer).__name__ == "BertNormalizer":
+        settings = read_json(directory, "tokenizer_config.json")
+        for key, attribute in _BERT_SETTINGS.items():
+            if isinstance(settings.get(key), bool):
+                setattr(backend.normalizer, attribute, settings[key])
+    return backend
+
+
+def _convert(directory: str, kind: str) -> Any:
+    """Build the backend from vocab.txt, vocab.json + merges.txt or a SentencePiece model, through transformers."""
+    import transformers
+
+    from pipelines.models.weights import quiet_transformers
+
+    if not any(os.path.isfile(os.path.join(directory, name)) for name in TOKENISER_FILES):
+        refuse("the checkpoint has no tokeniser", directory, expected=f"one of {', '.join(TOKENISER_FILES)}")
+    settings = read_json(directory, "tokenizer_config.json")
+    options: dict[str, Any] = {}
+    if os.path.isfile(os.path.join(directory, "vocab.txt")) and "do_lower_case" not in settings:
+        options["do_lower_case"] = not _is_cased(os.path.join(directory, "vocab.txt"))
+    try:
+        with quiet_transformers():
+            tokeniser = getattr(transformers, kind).from_pretrained(directory, local_files_only=True, **options)
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
+        raise CheckpointError(f"the tokeniser cannot be loaded: {error}", where=directory) from error
+    return tokeniser.backend_tokenizer
+
+
+def _is_cased(vocabulary: str) -> bool:
+    with open(vocabulary, encoding="utf-8") as handle:
+        pieces = [line.strip() for line in handle]
+    words = [piece for piece in pieces if piece and not piece.startswith("[")]
+    return sum(piece != piece.lower() for piece in words) > _CASED_SHARE * len(words)
+
+
+def demote_digit_commas(backend: Any) -> Any:
+    """Return an ALBERT backend whose pieces "digit + comma" score 100 less, so that `9,787` splits at the comma.
+
+    transformers 5 leaves this rule out when it builds from spiece.model; ALBERT's own tokeniser has it.
+    """
+    from tokenizers import Tokenizer
+
+    content = json.loads(backend.to_str())
+    for entry in content["model"]["vocab"]:
+        piece = entry[0]
+        if len(piece) > 1 and piece[-1] == "," and piece[-2].isdigit():
+            entry[1] -= 100.0
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def pad_id(directory: str, backend: Any) -> int:
+    """Return the padding id: the model config's, because RoBERTa-like models compute positions from it."""
+    declared = read_json(directory, "config.json").get("pad_token_id")
+    if isinstance(declared, int):
+        return declared
+    known = (backend.token_to_id(token) for token in ("[PAD]", "<pad>"))
+    return next((found for found in known if found is not None), 0)
+
+
+def checked_length(wanted: int | None, default: int, limit: int | None) -> int:
+    """Return the token limit to use: `wanted` or the checkpoint's own. Raises ConfigError when it can't be meant."""
+    length = min(default, limit or default) if wanted is None else wanted
+    if length < _SHORTEST or (limit is not None and length > limit):
+        top = limit if limit is not None else "any length"
+        raise ConfigError(f"max_length {length} does not suit the model", expected=f"{_SHORTEST} to {top}")
+    return length

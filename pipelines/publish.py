@@ -1,0 +1,180 @@
+"""Versions and aliases: what is served, and how the name that points to it moves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from pipelines.build import BuildPlan
+from pipelines.errors import ArtifactError, ConfigError, QualityError
+from pipelines.manifest import Receipt, drop_receipts, has_manifest, package_versions, read_manifest, write_manifest
+from pipelines.schema import FORMAT_VERSION
+from pipelines.storage import Store
+
+REPORT = "report.html"
+EVALUATION = "evaluation.json"
+
+
+def index_store(root: str, name: str) -> Store:
+    return Store(root).child("indexes", name)
+
+
+def version_content(
+    plan: BuildPlan, files: Sequence[Receipt], recall: dict[str, Any] | None, seconds: dict[str, float]
+) -> dict[str, Any]:
+    """Return the manifest of a finished build."""
+    return {
+        "name": plan.config.name,
+        "version": plan.version,
+        "created": _now(),
+        "num_rows": plan.num_rows,
+        "dim": plan.dim,
+        "metric": plan.metric,
+        "factory": plan.config.factory,
+        "num_shards": len(plan.shards),
+        "corpus": plan.snapshot["corpus"],
+        "snapshot": plan.snapshot["snapshot"],
+        "embeddings": plan.embeddings["encoder"]["fingerprint"],
+        "encoder": plan.embeddings["encoder"],
+        "search_params": plan.config.search_params,
+        "recall": recall,
+        "timings_seconds": seconds,
+        "files": {r.name: {k: v for k, v in r.as_entry().items() if k != "name"} for r in files},
+        "config": plan.config.model_dump(),
+        "packages": package_versions(),
+    }
+
+
+def publish(plan: BuildPlan, content: dict[str, Any]) -> dict[str, Any]:
+    """Write the report, then the manifest, last; clean up; return the manifest that stands.
+
+    Raises QualityError when the measured recall misses the target: the files stay, nothing is published.
+    """
+    recall, target = content["recall"], plan.config.min_recall
+    if target is not None and recall is not None and recall["value"] < target:
+        raise QualityError(
+            f"recall@{recall['k']} is {recall['value']:.4f} on {recall['num_queries']} held-out queries",
+            where=plan.store.path(),
+            expected=f"at least {target} (index.min_recall)",
+            hint="raise index.search_params (nprobe, efSearch), choose a finer factory, or lower the target",
+        )
+    plan.store.put(REPORT, render(content, None))
+    manifest = write_manifest(plan.store, "version", content)
+    plan.work.remove_all()
+    drop_receipts(plan.store)
+    return manifest
+
+
+def render(manifest: dict[str, Any], evaluation: dict[str, Any] | None) -> bytes:
+    from pipelines.report import render_report
+
+    files = {n: {"bytes": f["num_bytes"], **f} for n, f in manifest["files"].items()}
+    return render_report({**manifest, "files": files}, evaluation).encode()
+
+
+def save_evaluation(root: str, manifest: dict[str, Any], evaluation: dict[str, Any]) -> None:
+    """Put an evaluation beside its version and draw the report anew with it."""
+    store = index_store(root, manifest["name"]).child(manifest["version"])
+    store.put(EVALUATION, (json.dumps(evaluation, indent=1, ensure_ascii=False) + "\n").encode())
+    store.put(REPORT, render(manifest, evaluation))
+
+
+def list_versions(root: str, name: str) -> list[str]:
+    """Return the published versions of an index, oldest first."""
+    store = index_store(root, name)
+    found = [read_manifest(store.child(v), "version") for v in store.folders() if has_manifest(store.child(v))]
+    return [str(m["version"]) for m in sorted(found, key=lambda m: m["created"])]
+
+
+def list_indexes(root: str) -> list[str]:
+    return Store(root).child("indexes").folders()
+
+
+def read_version(root: str, name: str, version: str | None = None) -> dict[str, Any]:
+    """Return the manifest of `version`, or of the version that the alias `name` points to.
+
+    Raises ArtifactError for an alias or a version that does not exist, naming those that do.
+    """
+    chosen = version or current(root, name)
+    store = index_store(root, name)
+    if not has_manifest(store.child(chosen)):
+        known = ", ".join(list_versions(root, name)) or "none"
+        raise ArtifactError(f"index {name!r} has no published version {chosen!r}", where=store.path(chosen),
+                            expected=f"one of: {known}", hint="`pinakes status` lists versions and aliases")  # fmt: skip
+    return read_manifest(store.child(chosen), "version")
+
+
+# Aliases
+
+
+def list_aliases(root: str) -> list[str]:
+    names = Store(root).child("aliases").list()
+    return [n.removesuffix(".json") for n in names if n.endswith(".json")]
+
+
+def read_alias(root: str, name: str) -> dict[str, Any]:
+    """Return {current, previous, history} of an alias. Raises ArtifactError when it does not exist."""
+    state, _ = _load_alias(root, name)
+    if state is None:
+        from pipelines.config import nearest
+
+        known = list_aliases(root)
+        guess = nearest(name, known)
+        hint = f"did you mean {guess!r}?" if guess else "build one with `pinakes run CONFIG`"
+        raise ArtifactError(f"there is no alias {name!r}", where=Store(root).child("aliases").path(f"{name}.json"),
+                            expected=f"one of: {', '.join(known) or 'none yet'}", hint=hint)  # fmt: skip
+    return state
+
+
+def current(root: str, name: str) -> str:
+    return str(read_alias(root, name)["current"])
+
+
+def promote(root: str, name: str, version: str) -> dict[str, Any]:
+    """Point the alias `name` to a published version; pointing it where it points already changes nothing."""
+    read_version(root, name, version)
+    state, before = _load_alias(root, name)
+    if state and state["current"] == version:
+        return state
+    entry = {"version": version, "at": _now()}
+    state = {
+        "format_version": FORMAT_VERSION,
+        "current": version,
+        "previous": state["current"] if state else None,
+        "history": [*(state["history"] if state else []), entry],
+    }
+    _save_alias(root, name, state, before)
+    return state
+
+
+def rollback(root: str, name: str) -> dict[str, Any]:
+    """Point the alias back to its previous version. Raises ConfigError when there is none."""
+    previous = read_alias(root, name)["previous"]
+    if previous is None:
+        raise ConfigError(f"alias {name!r} has no previous version to go back to", hint="`pinakes status` shows its history")
+    return promote(root, name, str(previous))
+
+
+def _load_alias(root: str, name: str) -> tuple[dict[str, Any] | None, bytes | None]:
+    store = Store(root).child("aliases")
+    if not store.exists(f"{name}.json"):
+        return None, None
+    data = store.read(f"{name}.json")
+    try:
+        state: dict[str, Any] = json.loads(data)
+    except ValueError as error:
+        where = store.path(f"{name}.json")
+        hint = "delete it and `pinakes promote` the version again"
+        raise ArtifactError(f"the alias file is not JSON: {error}", where=where, hint=hint) from error
+    return state, data
+
+
+def _save_alias(root: str, name: str, state: dict[str, Any], before: bytes | None) -> None:
+    data = (json.dumps(state, indent=1) + "\n").encode()
+    Store(root).child("aliases").swap(f"{name}.json", data, before)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,182 @@
+"""query -> encode -> search -> passages -> hits: the online path as one function.
+
+A query is only ever encoded by the encoder bound to the version it searches.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipelines.build import id_digests
+from pipelines.encode import Encoder, EncoderSpec
+from pipelines.errors import ArtifactError, ConfigError
+from pipelines.index.build import read
+from pipelines.index.search import merge_topk, search
+from pipelines.publish import index_store, read_version
+from pipelines.schema import Hit, Passage
+
+Array = npt.NDArray[Any]
+
+
+class ShardSearch(Protocol):
+    """One shard, here or on another machine."""
+
+    def search(self, queries_BD: Array, k: int) -> tuple[Array, Array]:
+        """Return (score_BK float32, row_BK int64), best first; row -1 where there are fewer than k."""
+        ...
+
+
+class LocalShard:
+    """A shard memory-mapped in this process."""
+
+    def __init__(self, root: str, manifest: dict[str, Any], number: int) -> None:
+        name = f"shard-{number:03d}.faiss"
+        store = index_store(root, manifest["name"]).child(manifest["version"])
+        entry = _file_entry(manifest, name)
+        self.index = read(store.local(name, entry["sha256"]), mmap=True)
+        self.params = manifest["search_params"]
+        if (self.index.ntotal, self.index.d) != (entry["num_rows"], manifest["dim"]):
+            raise ArtifactError(f"the shard holds {self.index.ntotal} vectors of width {self.index.d}", where=store.path(name),
+                                expected=f"{entry['num_rows']} of width {manifest['dim']}", hint="rebuild the version")  # fmt: skip
+
+    def search(self, queries_BD: Array, k: int) -> tuple[Array, Array]:
+        return search(self.index, queries_BD, k, self.params, num_threads=1)
+
+
+class Passages:
+    """The passages of a version, memory-mapped; rows and ids are looked up without reading the rest."""
+
+    def __init__(self, root: str, manifest: dict[str, Any]) -> None:
+        store = index_store(root, manifest["name"]).child(manifest["version"])
+        self.tables: list[pa.Table] = []
+        self.ids: list[tuple[Array, Array]] = []
+        self.first_rows: list[int] = []
+        for number in range(manifest["num_shards"]):
+            for name in (f"passages-{number:03d}.arrow", f"ids-{number:03d}.arrow"):
+                entry = _file_entry(manifest, name)
+                table = pa.ipc.open_file(pa.memory_map(store.local(name, entry["sha256"]))).read_all()
+                if name.startswith("passages"):
+                    self.tables.append(table)
+                    self.first_rows.append(entry["first_row"])
+                else:
+                    self.ids.append((_column(table, "id_digest"), _column(table, "row")))
+
+    def __len__(self) -> int:
+        return sum(len(t) for t in self.tables)
+
+    def by_row(self, row: int) -> Passage:
+        """Return the passage of one row. Raises ConfigError when the row does not exist."""
+        shard = int(np.searchsorted(self.first_rows, row, side="right")) - 1
+        local = row - self.first_rows[shard] if shard >= 0 else -1
+        if not 0 <= local < len(self.tables[shard]):
+            raise ConfigError(f"there is no row {row}", expected=f"0 to {len(self) - 1}")
+        return Passage(**self.tables[shard].slice(local, 1).to_pylist()[0])
+
+    def row_of(self, passage_id: str) -> int | None:
+        """Return the row of the passage with this id, or None."""
+        digest = id_digests([passage_id])[0]
+        for digests, rows in self.ids:
+            at = int(np.searchsorted(digests, digest))
+            while at < len(digests) and digests[at] == digest:
+                if self.by_row(int(rows[at])).id == passage_id:
+                    return int(rows[at])
+                at += 1
+        return None
+
+
+class Retriever:
+    """Search one version: its bound query encoder, its shards and its passages."""
+
+    def __init__(self, root: str, manifest: dict[str, Any], shards: Sequence[ShardSearch] | None = None,
+                 num_threads: int | None = None) -> None:  # fmt: skip
+        self.manifest = manifest
+        self.spec = bound_encoder(manifest)
+        self.encoder = Encoder(self.spec, "query", "cpu", num_threads)
+        self.shards = shards or [LocalShard(root, manifest, n) for n in range(manifest["num_shards"])]
+        self.passages = Passages(root, manifest)
+        self._threads = ThreadPoolExecutor(max(1, len(self.shards)), thread_name_prefix="shard")
+
+    @classmethod
+    def open(cls, root: str, name: str, version: str | None = None) -> Retriever:
+        """Open the version that alias `name` points to, or `version` of that index."""
+        return cls(root, read_version(root, name, version))
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
+        """Return up to k hits for each query, best first."""
+        hits, _ = self.search_timed(queries, k)
+        return hits
+
+    def search_timed(self, queries: Sequence[str], k: int) -> tuple[list[list[Hit]], dict[str, float]]:
+        """Return the hits and the milliseconds that encode, search and fetch took."""
+        clock = [time.perf_counter()]
+        emb_BD = self.encoder.encode_queries(queries)
+        clock.append(time.perf_counter())
+        score_BK, row_BK = self.search_vectors(emb_BD, k)
+        clock.append(time.perf_counter())
+        hits = self.fetch(score_BK, row_BK)
+        clock.append(time.perf_counter())
+        spent = {name: (b - a) * 1000 for name, a, b in zip(("encode", "search", "fetch"), clock, clock[1:], strict=False)}
+        return hits, spent
+
+    def search_vectors(self, emb_BD: Array, k: int) -> tuple[Array, Array]:
+        """Return (score_BK, row_BK) over all shards, searched in parallel and merged best first."""
+        check_k(k, self.manifest)
+        if len(self.shards) == 1:
+            return self.shards[0].search(emb_BD, k)
+        return merge_topk(list(self._threads.map(lambda shard: shard.search(emb_BD, k), self.shards)), k)
+
+    def fetch(self, score_BK: Array, row_BK: Array) -> list[list[Hit]]:
+        """Return the hits behind scores and rows; padding (row -1) is left out."""
+        passage_of = {row: self.passages.by_row(row) for row in np.unique(row_BK[row_BK >= 0]).tolist()}
+        return [
+            [Hit(r, s, passage_of[r]) for s, r in zip(scores, rows, strict=True) if r >= 0]
+            for scores, rows in zip(score_BK.tolist(), row_BK.tolist(), strict=True)
+        ]
+
+
+def check_k(k: int, manifest: dict[str, Any]) -> None:
+    """Raise ConfigError when `k` asks for more hits than the version has passages, or for none."""
+    if not 1 <= k <= manifest["num_rows"]:
+        where = f"index {manifest['name']!r}, version {manifest['version']}"
+        raise ConfigError(f"k is {k}, but the index holds {manifest['num_rows']} passages", where=where,
+                          expected=f"1 to {manifest['num_rows']}", hint="ask for fewer hits")  # fmt: skip
+
+
+def bound_encoder(manifest: dict[str, Any]) -> EncoderSpec:
+    """Return the encoder bound to a version."""
+    names = EncoderSpec.__dataclass_fields__
+    return EncoderSpec(**{k: v for k, v in manifest["encoder"].items() if k in names})
+
+
+def check_encoder(manifest: dict[str, Any], spec: EncoderSpec) -> None:
+    """Raise ArtifactError when `spec` is not the encoder bound to the version."""
+    bound = manifest["encoder"]
+    if (bound["fingerprint"], bound["query_fingerprint"]) != (spec.fingerprint, spec.query_fingerprint):
+        raise ArtifactError(
+            "the config's encoder is not the one that this version was built with",
+            where=f"index {manifest['name']!r}, version {manifest['version']}",
+            expected=f"{bound['checkpoint']} ({bound['dim']}-d, {bound['fingerprint']}), "
+            f"found {spec.checkpoint} ({spec.dim}-d, {spec.fingerprint})",
+            hint="use the config it was built with, or run `pinakes run` to build a version for this encoder",
+        )
+
+
+def _file_entry(manifest: dict[str, Any], name: str) -> dict[str, Any]:
+    try:
+        entry: dict[str, Any] = manifest["files"][name]
+    except KeyError:
+        raise ArtifactError(f"the manifest does not list {name}", where=f"version {manifest['version']}",
+                            hint="rebuild the version") from None  # fmt: skip
+    return entry
+
+
+def _column(table: pa.Table, name: str) -> Array:
+    chunks = [c.to_numpy(zero_copy_only=True) for c in table.column(name).chunks]
+    return chunks[0] if len(chunks) == 1 else np.concatenate(chunks) if chunks else np.zeros(0, np.int64)
