@@ -344,6 +344,8 @@ def test_a_passage_of_a_document_counts_only_on_request() -> None:
     scores = score_retrieval(question, found, id_of=document_id)
     assert scores["mrr@10"] == pytest.approx(1 / 2)
     assert scores["ndcg@10"] == pytest.approx(1 / math.log2(3))  # the document's other passages add nothing
+    apart = score_retrieval(question, [texts("doc#2", "other", "doc")], id_of=document_id)
+    assert apart["mrr@10"] == apart["ndcg@10"] == 1.0  # the first of them gives the document its rank
     exact = score_retrieval([Question("0", "q", positives=["doc#3"])], found, id_of=document_id)
     assert exact["mrr@10"] == pytest.approx(1 / 3)  # a positive may still name one passage
 

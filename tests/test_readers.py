@@ -18,7 +18,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -99,9 +99,10 @@ def reasons(items: Sequence[Item]) -> list[str]:
 # The law: any table, any split size, every row once and in order
 
 
-FIELD = st.text(
-    st.one_of(st.sampled_from('"\t\n\r, ab\0\u2028\ufeff'), st.characters(exclude_categories=["Cs"])), max_size=12
-)
+CHARACTER = st.one_of(st.sampled_from('"\t\n\r, ab\0\u2028\ufeff'), st.characters(exclude_categories=["Cs"]))
+FIELD = st.text(CHARACTER, max_size=12)
+FILLED = FIELD.filter(str.strip)
+BYTES = st.sampled_from([b'"', b"\t", b"\n", b"\r", b"a", b"bb", b"\xff", b'1\t"x"\ty\n', b"\n\n", b"\0"])
 TABLE = st.lists(st.tuples(FIELD, FIELD, FIELD), max_size=12)
 
 
@@ -135,7 +136,7 @@ def test_any_table_any_split_size(
 ) -> None:  # fmt: skip
     sink = io.StringIO(newline="")
     # With a bare "\n" as line end this csv.writer leaves "\r" unquoted, where no reader could tell it from CRLF.
-    quoting = csv.QUOTE_ALL if quote_all or ending == "\n" else csv.QUOTE_MINIMAL
+    quoting: Any = csv.QUOTE_ALL if quote_all or ending == "\n" else csv.QUOTE_MINIMAL
     delimiter = "\t" if is_tsv else ","
     writer = csv.writer(sink, delimiter=delimiter, quoting=quoting, lineterminator=ending)
     writer.writerow(["id", "text", "title"])
@@ -160,9 +161,7 @@ def test_any_table_any_split_size(
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    body=st.lists(
-        st.sampled_from([b'"', b"\t", b"\n", b"\r", b"a", b"bb", b"\xff", b'1\t"x"\ty\n', b"\n\n", b"\0"]), max_size=60
-    ),
+    body=st.lists(BYTES, max_size=60),
     split_bytes=st.integers(1, 60),
     max_row_bytes=st.integers(15, 60),
 )
@@ -175,9 +174,7 @@ def test_any_bytes_at_all(tmp_path: Path, body: list[bytes], split_bytes: int, m
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    rows=st.lists(
-        st.tuples(FIELD.filter(str.strip), FIELD.filter(str.strip), st.lists(FIELD, max_size=3)), max_size=12
-    ),
+    rows=st.lists(st.tuples(FILLED, FILLED, st.lists(FIELD, max_size=3)), max_size=12),
     split_bytes=st.integers(1, 300),
     ascii_only=st.booleans(),
     bom=st.booleans(),
@@ -333,11 +330,12 @@ def test_qa_pairs_are_named_by_their_place(tmp_path: Path) -> None:
         '{"question": "why?"}',
     ]
     content = "\n".join(lines) + "\n"
+    why = content.index(lines[2])
     items = read_any_size(put(tmp_path / "paq.v1.jsonl", content))
     assert items == [
         Row(0, "paq.v1:0", "", "who?", ["a", "b"]),
         Row(len(lines[0]) + 1, "12", "", "when?", ["c"]),
-        Row(content.index('{"question": "why'), f"paq.v1:{content.index('{"question": "why')}", "", "why?", None),
+        Row(why, f"paq.v1:{why}", "", "why?", None),
     ]
     zipped = put(tmp_path / "paq.v1.jsonl.gz", gzip.compress(content.encode()))
     assert read_every_way(zipped, ReadOptions()) == items
@@ -355,7 +353,8 @@ def test_clashing_made_ids_are_refused_before_any_work(tmp_path: Path) -> None:
 
 def test_json_rows_and_rejects(tmp_path: Path) -> None:
     lines: list[bytes] = [
-        b'{"id": 1, "text": "a", "title": null, "answers": [2, "x"]}', b'{"id": "2", "text": "b", "more": {}}', b"", b"  ",
+        b'{"id": 1, "text": "a", "title": null, "answers": [2, "x"]}',
+        b'{"id": "2", "text": "b", "more": {}}', b"", b"  ",
         b"not json", b"[1]", b'{"id": 3}', b'{"text": "x"}', b'{"id": true, "text": "x"}', b'{"id": 4, "text": 5}',
         b'{"id": 5, "text": "x", "title": ["y"]}', b'{"id": 6, "text": "\\ud800"}', b'{"id": 7, "text": "\xff"}',
         b'{"id": 8, "text": "x", "answers": {"a": 1}}', b"[" * 100_000, b'{"id": NaN, "text": "x"}',
@@ -363,8 +362,8 @@ def test_json_rows_and_rejects(tmp_path: Path) -> None:
     ]  # fmt: skip
     items = read_any_size(put(tmp_path / "t.jsonl", b"\r\n".join(lines)), sizes=(1000, 30_000, 1 << 20))
     assert reasons(items) == [
-        "1", "2", "malformed", "malformed", "missing_text", "missing_id", "malformed", "malformed", "malformed", "malformed",
-        "undecodable", "malformed", "malformed", "malformed", "9", "malformed",
+        "1", "2", "malformed", "malformed", "missing_text", "missing_id", "malformed", "malformed", "malformed",
+        "malformed", "undecodable", "malformed", "malformed", "malformed", "9", "malformed",
     ]  # fmt: skip
     assert isinstance(items[0], Row)
     assert items[0].answers == ["2", "x"]
@@ -373,10 +372,11 @@ def test_json_rows_and_rejects(tmp_path: Path) -> None:
 
 
 def test_nested_keys(tmp_path: Path) -> None:
-    line = '{"passage_id": 7, "passage": "text", "metadata": {"title": "T"}}\n{"passage_id": 8, "passage": "x", "metadata": 1}'
+    first = '{"passage_id": 7, "passage": "text", "metadata": {"title": "T"}}\n'
+    content = first + '{"passage_id": 8, "passage": "x", "metadata": 1}'
     columns = {"id": "passage_id", "text": "passage", "title": "metadata.title"}
-    assert read_any_size(put(tmp_path / "t.jsonl", line), columns=columns) == [
-        Row(0, "7", "T", "text", None), Row(65, "8", "", "x", None),
+    assert read_any_size(put(tmp_path / "t.jsonl", content), columns=columns) == [
+        Row(0, "7", "T", "text", None), Row(len(first), "8", "", "x", None),
     ]  # fmt: skip
 
 
@@ -442,7 +442,8 @@ def test_parquet_splits_at_row_groups(tmp_path: Path) -> None:
     numbers = list(range(95))
     path = parquet(tmp_path / "t.parquet", {
         "noise": [os.urandom(100) for _ in numbers], "id": numbers, "text": [f"text {n}" for n in numbers],
-        "title": [None if n % 2 else "T" for n in numbers], "answers": [None if n % 3 else ["a", str(n)] for n in numbers],
+        "title": [None if n % 2 else "T" for n in numbers],
+        "answers": [None if n % 3 else ["a", str(n)] for n in numbers],
     })  # fmt: skip
     expected = [Row(n, str(n), "" if n % 2 else "T", f"text {n}", None if n % 3 else ["a", str(n)]) for n in numbers]
     for split_bytes, num_splits in ((1, 10), (1 << 30, 1)):
@@ -563,7 +564,6 @@ def test_bad_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sources: l
     put(tmp_path / "blank.tsv", "\n\n")
     put(tmp_path / "wide.tsv", "id\ttext\n".encode("utf-16"))
     put(tmp_path / "latin.tsv", "id\ttext\tcaf\u00e9\n".encode("latin-1"))
-    monkeypatch.setattr("os.getcwd", os.getcwd)
     with pytest.raises(InputError, match=message):
         plan_splits(sources, ReadOptions())
 
@@ -616,7 +616,7 @@ def test_options_are_checked() -> None:
         {"max_row_bytes": 0},
     ):
         with pytest.raises(ConfigError):
-            ReadOptions(**bad)  # type: ignore[arg-type]
+            ReadOptions(**bad)
 
 
 def test_nearest() -> None:
@@ -672,7 +672,7 @@ def test_settle_gives_up_on_a_file_that_never_settles() -> None:
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    import boto3
+    import boto3  # type: ignore[import-untyped]
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -693,7 +693,7 @@ def passages(num_rows: int) -> bytes:
 
 
 def test_s3(bucket: str, tmp_path: Path) -> None:
-    import boto3
+    import boto3  # type: ignore[import-untyped]
 
     data = passages(3000)
     table = pa.table({"id": list(range(3000)), "text": ["x"] * 3000})
@@ -726,7 +726,7 @@ def test_s3_refusals(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
 class _Server(BaseHTTPRequestHandler):
     """Serve `files`; with `ranges` off, ignore the Range header as simple servers do."""
 
-    files: dict[str, bytes] = {}
+    files: ClassVar[dict[str, bytes]] = {}
     ranges = True
     sizes = True
 

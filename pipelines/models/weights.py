@@ -21,7 +21,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # What torch, safetensors and transformers raise for damaged or unsafe files.
 _LOAD_ERRORS: tuple[type[Exception], ...] = (
-    *(OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, EOFError),
+    *(OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, EOFError, ImportError),
     *(pickle.UnpicklingError, SafetensorError),
 )
 
@@ -86,7 +86,7 @@ def read_config(directory: str) -> Any:
 
     try:
         return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (*_LOAD_ERRORS, ImportError) as error:
+    except _LOAD_ERRORS as error:
         raise CheckpointError(f"config.json cannot be used: {_first_line(error)}", where=directory) from error
 
 

@@ -1,0 +1,98 @@
+"""Micro-batches cover every text once under the budget; vectors do not depend on how they were batched."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines.config import EncoderConfig
+from pipelines.encode import Encoder, micro_batches, pad, resolve
+from pipelines.errors import CheckpointError, ConfigError
+from pipelines.models.base import Tokens
+from tests.checkpoints import write_dpr, write_sentence_transformer
+
+
+@given(lengths=st.lists(st.integers(0, 300), max_size=200), budget=st.integers(1, 1000))
+def test_micro_batches_cover_each_text_once_under_the_budget(lengths: list[int], budget: int) -> None:
+    batches = list(micro_batches(np.array(lengths, np.int64), budget))
+    assert sorted(i for b in batches for i in b.tolist()) == list(range(len(lengths)))
+    for batch in batches:
+        longest = max(lengths[i] for i in batch)
+        assert len(batch) == 1 or len(batch) * longest <= budget
+        assert longest == lengths[batch[0]]
+
+
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=20), data=st.data())
+def test_padding_keeps_every_token_in_its_place(lengths: list[int], data: st.DataObject) -> None:
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    ids = np.arange(1, offsets[-1] + 1, dtype=np.int32)
+    tokens = Tokens(ids, offsets, (ids % 2).astype(np.int8))
+    batch = np.array(data.draw(st.permutations(range(len(lengths)))))
+    ids_BL, mask_BL, types_BL = pad(tokens, batch, pad_id=0)
+    assert types_BL is not None
+    for row, text in enumerate(batch):
+        n = lengths[text]
+        assert ids_BL[row, :n].tolist() == ids[offsets[text] : offsets[text + 1]].tolist()
+        assert types_BL[row, :n].tolist() == (ids_BL[row, :n] % 2).tolist()
+        assert mask_BL[row].tolist() == [1] * n + [0] * (ids_BL.shape[1] - n)
+        assert not ids_BL[row, n:].any()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("model") / "tiny"
+    write_sentence_transformer(str(directory))
+    return str(directory)
+
+
+TEXTS = ["a", "the cat sat on the mat " * 5, "", "war and peace", "the cat", "?" * 40]
+
+
+def test_vectors_do_not_depend_on_batching_or_order(checkpoint: str) -> None:
+    spec = resolve(EncoderConfig(checkpoint=checkpoint, compute="fp32"))
+    whole = Encoder(spec, "passage").encode_passages([""] * len(TEXTS), TEXTS)
+    one_by_one = Encoder(replace(spec, token_budget=1), "passage").encode_passages([""] * len(TEXTS), TEXTS)
+    backwards = Encoder(spec, "passage").encode_passages([""] * len(TEXTS), TEXTS[::-1])[::-1]
+    np.testing.assert_allclose(one_by_one, whole, atol=1e-5)
+    np.testing.assert_allclose(backwards, whole, atol=1e-5)
+    assert whole.shape == (len(TEXTS), spec.dim)
+
+
+def test_the_fingerprint_follows_what_changes_vectors_and_nothing_else(checkpoint: str, tmp_path: Path) -> None:
+    base = EncoderConfig(checkpoint=checkpoint, compute="fp32")
+    spec = resolve(base)
+    copied = shutil.copytree(checkpoint, tmp_path / "copy")
+    same = [base.model_copy(update={"token_budget": 64}), base.model_copy(update={"checkpoint": str(copied)})]
+    other = [base.model_copy(update=u) for u in ({"compute": "bf16"}, {"storage": "fp32"}, {"max_length": 8})]
+    assert {resolve(c).fingerprint for c in same} == {spec.fingerprint}
+    assert len({resolve(c).fingerprint for c in [base, *other]}) == 4
+    assert spec.fingerprint != spec.query_fingerprint
+
+
+def test_a_checkpoint_that_changed_under_its_embeddings_is_refused(checkpoint: str, tmp_path: Path) -> None:
+    copied = shutil.copytree(checkpoint, tmp_path / "copy")
+    spec = resolve(EncoderConfig(checkpoint=str(copied), compute="fp32"))
+    with pytest.raises(CheckpointError, match="not those that made these embeddings"):
+        Encoder(replace(spec, query_digest="0" * 64), "query")
+
+
+def test_two_sides_of_different_width_are_refused(tmp_path: Path) -> None:
+    write_dpr(str(tmp_path / "ctx"), "passage", dim=32)
+    write_dpr(str(tmp_path / "q"), "query", dim=16)
+    with pytest.raises(CheckpointError, match="gives 16 values, the passage encoder 32"):
+        resolve(EncoderConfig(checkpoint=str(tmp_path / "ctx"), query_checkpoint=str(tmp_path / "q")))
+
+
+def test_a_gpu_that_is_not_there_is_a_clear_refusal(checkpoint: str) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ConfigError, match="no CUDA device"):
+        Encoder(resolve(EncoderConfig(checkpoint=checkpoint, compute="fp32")), "passage", "cuda")
