@@ -5,14 +5,12 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
-
 from cluster.pools import run_tasks
 from cluster.progress import Progress
 from pipelines import publish
 from pipelines.config import EvaluateConfig
 from pipelines.errors import ConfigError
-from pipelines.evaluate import percentiles, read_questions, score_retrieval
+from pipelines.evaluate import document_id, percentiles, read_questions, score_retrieval
 from pipelines.retrieve import Retriever
 
 _BATCH = 512
@@ -32,11 +30,10 @@ def evaluate(root: str, manifest: dict[str, Any], config: EvaluateConfig, progre
         for position, (scores, rows) in run_tasks(_search_task, batches, root, manifest, max(*ks, 10)):
             found[position] = scores, rows
             stage.advance(questions=len(rows))
-    score_QK, row_QK = (np.concatenate([found[i][j] for i in range(len(batches))]) for j in (0, 1))
     retriever = Retriever(root, manifest)
-    hits = retriever.fetch(score_QK, row_QK)
-    id_of = (lambda passage_id: passage_id.partition("#")[0]) if config.positive_prefix else None
-    result = score_retrieval(questions, hits, ks=ks, **({"id_of": id_of} if id_of else {}))
+    # Hits are fetched a batch at a time: 100 passages for each of many questions would fill the memory.
+    hits = (h for i in range(len(batches)) for h in retriever.fetch(*found[i]))
+    result = score_retrieval(questions, hits, ks=ks, id_of=document_id if config.positive_prefix else None)
     result["recall"] = manifest["recall"]
     result["latency"] = _latency(retriever, [q.text for q in questions[:_LATENCY_QUERIES]])
     result["version"], result["questions"] = manifest["version"], config.questions

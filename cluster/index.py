@@ -12,8 +12,7 @@ from pipelines import build, publish
 from pipelines.build import BuildPlan, Rows, ShardPlan
 from pipelines.config import IndexConfig
 from pipelines.encode import Encoder
-from pipelines.errors import PinakesError
-from pipelines.evaluate import read_questions, recall_at
+from pipelines.evaluate import read_questions, recall_at, recall_half_width
 from pipelines.index.search import merge_topk
 from pipelines.manifest import Receipt, has_manifest, read_manifest
 from pipelines.retrieve import LocalShard, bound_encoder
@@ -90,12 +89,8 @@ def _measure_recall(plan: BuildPlan, content: dict[str, Any], questions: str | N
     numbers = range(len(plan.shards))
     approximate = [found for _, found in run_tasks(_search_task, numbers, plan.root, content, queries_BD, k)]
     (_, exact_QK), (_, found_QK) = merge_topk(exact, k), merge_topk(approximate, k)
-    value = recall_at(found_QK, exact_QK, k)
-    per_query = [recall_at(found_QK[i : i + 1], exact_QK[i : i + 1], k) for i in range(len(found_QK))]
-    half_width = 1.96 * float(np.std(per_query)) / max(1, len(per_query)) ** 0.5
-    if not np.isfinite(value):
-        raise PinakesError("recall could not be measured", where=plan.store.path())
-    return {"k": k, "value": round(value, 5), "ci95": round(half_width, 5), "num_queries": len(per_query),
+    return {"k": k, "value": round(recall_at(found_QK, exact_QK, k), 5),
+            "ci95": round(recall_half_width(found_QK, exact_QK, k), 5), "num_queries": len(queries_BD),
             "target": plan.config.min_recall, "queries": "questions" if questions else "sampled sentences"}  # fmt: skip
 
 

@@ -36,6 +36,8 @@ def _connect(config: ClusterConfig) -> None:
 
     import ray
 
+    # Ray's native layer prints errors that are advice to Ray's own developers (ray-project/ray#53727, for one).
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False, "ignore_reinit_error": True}
     address = config.address or os.environ.get("RAY_ADDRESS")
     if address is None:

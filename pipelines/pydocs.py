@@ -20,10 +20,11 @@ from __future__ import annotations
 
 import difflib
 import importlib.metadata
+import itertools
 import re
 import site
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,11 +128,17 @@ def read_package(source: PackageSource, skipped: list[SkippedFile] | None = None
                 raise InputError(f"cannot read Python source: {error}", where=str(path)) from error
             skipped.append(SkippedFile(str(path), reason, f"{type(error).__name__}: {error}"))
     entries: dict[str, Doc] = {}
-    for name, doc in _public_docs(modules):
-        free = name if name not in entries else f"{name} (module)" if doc.kind == "module " else f"{name} (2)"
-        entries[free] = doc
+    for name, doc in _public_docs(source.name, modules):
+        entries[_free_name(name, doc, entries)] = doc
     for name, doc in sorted(entries.items()):
         yield from _passages(name, doc)
+
+
+def _free_name(name: str, doc: Doc, taken: Container[str]) -> str:
+    """Return `name`; where another object has it already, `name (module)` or `name (2)`, `name (3)`, ..."""
+    module = [f"{name} (module)"] if doc.kind == "module " else []
+    numbered = (f"{name} ({i})" for i in itertools.count(2))
+    return next(free for free in itertools.chain([name], module, numbered) if free not in taken)
 
 
 def _module_files(source: PackageSource) -> Iterator[tuple[str, Path]]:
@@ -151,10 +158,10 @@ def _module_files(source: PackageSource) -> Iterator[tuple[str, Path]]:
             yield from _module_files(PackageSource(name, source.version, path))
 
 
-def _public_docs(modules: dict[str, Module]) -> Iterator[tuple[str, Doc]]:
+def _public_docs(root: str, modules: dict[str, Module]) -> Iterator[tuple[str, Doc]]:
     """Yield every documented public object once, with the name a user would import it by; modules come last."""
     names: dict[Target, list[str]] = {}
-    public = [module for module in modules.values() if not _is_private(module.name, modules)]
+    public = [module for module in modules.values() if "._" not in module.name.removeprefix(root)]
     for module in public:
         for name in _public_names(module, modules):
             target = _resolve((module.name, name), modules, set())
@@ -167,12 +174,6 @@ def _public_docs(modules: dict[str, Module]) -> Iterator[tuple[str, Doc]]:
     for module in public:
         if module.doc:
             yield module.name, Doc("module ", "", "", module.doc)
-
-
-def _is_private(name: str, modules: dict[str, Module]) -> bool:
-    """Tell whether a part of the module's path below the package, which comes first, starts with an underscore."""
-    root = next(iter(modules))
-    return any(part.startswith("_") for part in name.removeprefix(root).split("."))
 
 
 def _public_names(module: Module, modules: dict[str, Module]) -> list[str]:
@@ -220,7 +221,7 @@ def _resolve(name: Target, modules: dict[str, Module], seen: set[Target]) -> Tar
 
 def _passages(name: str, doc: Doc) -> Iterator[dict[str, str]]:
     """Cut one object's documentation into passages that each say what they are about."""
-    head = f"{doc.kind}{name.removesuffix(' (module)')}{doc.parameters}"
+    head = f"{doc.kind}{name.partition(' (')[0]}{doc.parameters}"
     words = max(WORDS - _size(head), WORDS // 2)
     for i, text in enumerate(_cut(doc.text, words), start=1):
         passage_id = name if i == 1 else f"{name}#{i}"

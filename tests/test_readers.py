@@ -199,7 +199,7 @@ def test_positions_are_byte_offsets(tmp_path: Path) -> None:
     content = 'id\ttext\ttitle\n1\t"é\n""q"" \t"\tA\n\n2\tplain\tB\n'.encode()
     first, second = read_any_size(put(tmp_path / "t.tsv", content))
     assert (first, second) == (
-        Row(14, "1", "A", 'é\n"q', None),
+        Row(14, "1", "A", 'é\n"q"', None),
         Row(content.index(b"2\tplain"), "2", "B", "plain", None),
     )
 
@@ -577,7 +577,8 @@ def test_bad_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sources: l
         ("id\ttext\tTitle", {}, "no 'title' for the title", "did you mean 'Title'"),
         ("id\ttext\ttitle", {"title": "titel"}, "no 'titel' for the title", "columns: {title: "),
         ("id\ttext\ttext", {}, "two columns are named 'text'", ""),
-        ("id,text,title", {}, "no 'id' for the id", "did you mean 'id,text,title'"),
+        ("id,text,title", {}, "looks like csv: 'id,text,title'", "format: csv"),
+        ("id\ttext\r1\tx\r2\ty", {}, "lines end in a bare carriage return", "tr "),
     ],
 )
 def test_wrong_columns(tmp_path: Path, header: str, columns: dict[str, str], what: str, hint: str) -> None:
@@ -609,7 +610,6 @@ def test_file_that_shrinks_after_planning(tmp_path: Path) -> None:
 
 def test_options_are_checked() -> None:
     for bad in (
-        {"format": "xml"},
         {"columns": {"body": "x"}},
         {"columns": {"id": ""}},
         {"split_bytes": 0},
@@ -617,6 +617,8 @@ def test_options_are_checked() -> None:
     ):
         with pytest.raises(ConfigError):
             ReadOptions(**bad)
+    with pytest.raises(ConfigError, match="unknown corpus format 'xml'"):
+        plan_splits(__file__, ReadOptions(format="xml"))
 
 
 def test_nearest() -> None:
@@ -652,6 +654,7 @@ def test_check_chain() -> None:
     }  # nothing begins in it, but it found something
     assert check_chain([*right[:3], (a[3], 38, 41), right[4]]) == {3: 35}  # began in the wrong place
     assert check_chain([*right[:3], (a[3], 40, 40), right[4]]) == {3: 35, 4: 40}  # found nothing, where a record begins
+    assert check_chain([*right[:3], (a[3], 35, 35), (a[4], 35, 50)]) == {3: 35}  # knew where one begins, and read none
     b = [(split(5, "b", 0, 10), 8, 10), (split(6, "b", 10, 20), 10, 20)]
     assert check_chain([*right, *b, (split(7, "z.gz", 0, -1), 8, 99), (split(8, "c", 0, 5), 2, 5)]) == {}
 
@@ -693,7 +696,7 @@ def passages(num_rows: int) -> bytes:
 
 
 def test_s3(bucket: str, tmp_path: Path) -> None:
-    import boto3  # type: ignore[import-untyped]
+    import boto3
 
     data = passages(3000)
     table = pa.table({"id": list(range(3000)), "text": ["x"] * 3000})

@@ -99,9 +99,14 @@ def _fetch_hub(name: str) -> str:
     files = _within(_HUB_SECONDS, lambda: _hub_files(name))
     if isinstance(files, list):
         return _hub_snapshot(name, ours, files)
+    from huggingface_hub import try_to_load_from_cache
+
     for cache in (ours, None):  # None: huggingface_hub's own cache
-        with contextlib.suppress(Exception):
-            return _hub_snapshot(name, cache, None)
+        # Not snapshot_download(local_files_only): it wants even the files that were left out on purpose. What an
+        # interrupted download lacks, the loaders refuse.
+        config = try_to_load_from_cache(name, "config.json", cache_dir=cache)
+        if isinstance(config, str):
+            return os.path.dirname(config)
     hint = "check the network (HF_ENDPOINT, proxy, HF_HUB_OFFLINE), or copy the model directory here and give its path"
     what = f"the Hugging Face hub cannot be reached: {files}"
     raise CheckpointError(what, where=name, expected="a local directory or a reachable hub", hint=hint)
@@ -123,11 +128,9 @@ def _hub_files(name: str) -> list[str]:
     return relevant_names([file.rfilename for file in info.siblings or []])
 
 
-def _hub_snapshot(name: str, cache: str | None, files: list[str] | None) -> str:
+def _hub_snapshot(name: str, cache: str, files: list[str]) -> str:
     from huggingface_hub import snapshot_download
 
-    if files is None:
-        return str(snapshot_download(name, cache_dir=cache, local_files_only=True))
     try:
         return str(snapshot_download(name, cache_dir=cache, allow_patterns=files))
     except Exception as error:  # the HTTP client's exceptions are no part of the hub's API

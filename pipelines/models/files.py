@@ -85,18 +85,24 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def read_json(directory: str, name: str, *, required: bool = False) -> Any:
-    """Return the parsed file, or {} when it is absent and not `required`. Raises CheckpointError when it is damaged."""
+def read_json(directory: str, name: str, *, required: bool = False, kind: type = dict) -> Any:
+    """Return the parsed file, or an empty `kind` (dict or list) when it is absent and not `required`.
+
+    Raises CheckpointError when it is damaged or holds another kind.
+    """
     path = os.path.join(directory, name)
     try:
         with open(path, encoding="utf-8") as handle:
-            return json.load(handle)
+            content = json.load(handle)
     except FileNotFoundError:
         if required:
             refuse(f"{name} is missing", directory)
-        return {}
+        return kind()
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{name} cannot be read: {error}", where=directory, expected="valid JSON") from error
+    if not isinstance(content, kind):
+        refuse(f"{name} holds a {type(content).__name__}", directory, expected=f"a JSON {kind.__name__}")
+    return content
 
 
 def weight_files(directory: str) -> list[str]:

@@ -40,8 +40,8 @@ class Layout:
 
 def read_layout(directory: str) -> Layout:
     """Parse modules.json and the pooling's config. Raises CheckpointError for what is unknown, unsafe or missing."""
-    modules = read_json(directory, "modules.json", required=True)
-    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
+    modules = read_json(directory, "modules.json", required=True, kind=list)
+    if not all(isinstance(module, dict) for module in modules):
         refuse("modules.json is no list of modules", directory)
     entries = [(_kind(directory, module), _folder(directory, module)) for module in modules]
     if len(entries) < 2 or entries[0][0] not in _TRANSFORMERS or entries[1][0] != "Pooling":

@@ -26,7 +26,7 @@ class ReadOptions:
     columns: the column (or key) that holds the `id`, `title`, `text` and `answers`; each is by default the one of that
     name. An empty name says that there is no such column (title and answers only).
     max_row_bytes: a longer row is refused. split_bytes: how much of a file one split reads.
-    Raises ConfigError for values that cannot be meant.
+    Raises ConfigError for values that cannot be meant (the format is checked when files are planned).
     """
 
     format: str = "auto"
@@ -35,8 +35,6 @@ class ReadOptions:
     split_bytes: int = 64 << 20
 
     def __post_init__(self) -> None:
-        if self.format not in ("auto", *FORMATS):
-            raise ConfigError(f"unknown corpus format {self.format!r}", expected=", ".join(("auto", *FORMATS)))
         for role, name in self.columns.items():
             if role not in ROLES:
                 raise ConfigError(f"unknown key {role!r} in columns", expected=", ".join(ROLES))

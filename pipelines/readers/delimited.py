@@ -55,12 +55,23 @@ class DelimitedReader:
         if isinstance(header, RefusedRowError):
             raise InputError(f"the header row cannot be read: {header.detail}", where=self._url,
                              expected="UTF-8 text with lines that end in a newline")  # fmt: skip
+        self._check_separators(header)
         picked = pick_columns(header, self._options, self._url)
         at = {role: header.index(name) for role, name in picked.items()}
         self._header, self._num_fields = header, len(header)
         self._id_at, self._text_at = at["id"], at["text"]
         self._title_at, self._answers_at = at.get("title"), at.get("answers")
         return lines.offset
+
+    def _check_separators(self, header: list[str]) -> None:
+        other = "csv" if self._is_tsv else "tsv"
+        if len(header) == 1 and _DELIMITERS[other] in header[0]:
+            raise InputError(f"the header row looks like {other}: {header[0][:100]!r}", where=self._url,
+                             expected=f"columns separated by {self._delimiter!r}",
+                             hint=f"set `format: {other}`")  # fmt: skip
+        if any("\r" in name for name in header):
+            raise InputError("lines end in a bare carriage return", where=self._url, expected="a newline, or both",
+                             hint="convert it, for example with: tr '\\r' '\\n'")  # fmt: skip
 
     def check_sample(self, lines: ByteLines) -> bool:
         """Return whether ids must be made from positions: never, since the header has an id column."""

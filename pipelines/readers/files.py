@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import fsspec
 
-from pipelines.errors import InputError, PinakesError, StorageError
+from pipelines.errors import ConfigError, InputError, PinakesError, StorageError
 from pipelines.readers.base import FORMATS, ReadOptions, nearest
 
 BLOCK_BYTES = 4 << 20
@@ -119,6 +119,8 @@ def stem_of(url: str) -> str:
 
 def format_of(url: str, options: ReadOptions) -> str:
     """Return the file's format, one of FORMATS. Raises InputError when its name does not tell."""
+    if options.format not in ("auto", *FORMATS):
+        raise ConfigError(f"unknown corpus format {options.format!r}", expected=", ".join(("auto", *FORMATS)))
     name = _file_name(url).lower()
     extension = os.path.splitext(name[: len(name) - len(compression_of(url))])[1]
     found = options.format if options.format != "auto" else _EXTENSIONS.get(extension)

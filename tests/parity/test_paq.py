@@ -70,13 +70,9 @@ def test_tokens_equal_transformers_where_no_comma_follows_a_digit(tmp_path: Path
     assert rows(paq.load_tokeniser(directory).queries(questions)) == expected
 
 
-@given(st.text())
-def test_normalising_twice_changes_no_plain_question(text: str) -> None:
-    once = paq.normalise_question(text)
-    assert not once.startswith((" ", "\n"))
-    assert once == once.lower() or any(character.lower() != character.lower().lower() for character in text)
-    bare = text.strip(" ?")
-    assert paq.normalise_question(f" ??{bare}? ") == bare.strip().strip("?").lower().strip() or "?" in bare
+@given(st.text(st.characters(exclude_characters="?")))
+def test_outer_question_marks_and_case_do_not_matter(text: str) -> None:
+    assert paq.normalise_question(f" ??{text}?? ") == text.lower().strip()
 
 
 def test_half_a_projection_is_refused(tmp_path: Path) -> None:
