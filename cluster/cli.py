@@ -160,7 +160,9 @@ def promote(
 
 @app.command(epilog="Example: pinakes rollback wikipedia --root pinakes-data")
 def rollback(
-    name: Annotated[str, typer.Argument(help="The alias (the index's name).")], root: Root = "pinakes-data", json_: Json = False
+    name: Annotated[str, typer.Argument(help="The alias (the index's name).")],
+    root: Root = "pinakes-data",
+    json_: Json = False,
 ) -> None:
     """Point an alias back to its previous version."""
     from pipelines import publish
@@ -170,7 +172,9 @@ def rollback(
 
 @app.command(epilog="Example: pinakes demo --once")
 def demo(
-    once: Annotated[bool, typer.Option("--once", help="Ask one question over HTTP, print the answer and stop.")] = False,
+    once: Annotated[
+        bool, typer.Option("--once", help="Ask one question over HTTP, print the answer and stop.")
+    ] = False,
     config: Annotated[str, typer.Option(help="The config to run.")] = "configs/demo.yaml",
     set_: Overrides = None,
     quiet: Quiet = False,

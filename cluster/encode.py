@@ -58,11 +58,20 @@ def encode(
     entries = [
         {**receipt.as_entry(), "first_row": part["first_row"]} for receipt, part in zip(receipts, parts, strict=True)
     ]
-    manifest = write_manifest(store, "embeddings", {
-        "snapshot": snapshot["snapshot"], "corpus": snapshot["corpus"], "encoder": spec.as_dict(), "dim": spec.dim,
-        "num_rows": snapshot["num_rows"], "parts": entries, "seconds": round(stage.seconds, 3),
-        "packages": package_versions(),
-    })  # fmt: skip
+    manifest = write_manifest(
+        store,
+        "embeddings",
+        {
+            "snapshot": snapshot["snapshot"],
+            "corpus": snapshot["corpus"],
+            "encoder": spec.as_dict(),
+            "dim": spec.dim,
+            "num_rows": snapshot["num_rows"],
+            "parts": entries,
+            "seconds": round(stage.seconds, 3),
+            "packages": package_versions(),
+        },
+    )
     drop_receipts(store)
     return manifest
 
@@ -91,8 +100,11 @@ def _encode_missing(
         if len(found) == len(parts):
             return [found[i] for i in range(len(parts))]
     missing_names = ", ".join(p["name"] for i, p in enumerate(parts) if i not in found)
-    raise PinakesError(f"{len(parts) - len(found)} parts could not be encoded", where=missing_names[:500],
-                       hint="look at the workers' logs, then run the command again: only these are missing")  # fmt: skip
+    raise PinakesError(
+        f"{len(parts) - len(found)} parts could not be encoded",
+        where=missing_names[:500],
+        hint="look at the workers' logs, then run the command again: only these are missing",
+    )
 
 
 def _stream(
@@ -110,10 +122,16 @@ def _stream(
     dataset = (
         ray.data.from_items(items, override_num_blocks=len(items))
         .map_batches(_tokenise, fn_args=(passages, spec), batch_size=1, batch_format="pyarrow", num_cpus=IO_CPUS)
-        .map_batches(_EncoderActor, fn_constructor_args=(spec, device, threads), compute=pool, batch_size=1,
-                     batch_format="pyarrow", **resources)
+        .map_batches(
+            _EncoderActor,
+            fn_constructor_args=(spec, device, threads),
+            compute=pool,
+            batch_size=1,
+            batch_format="pyarrow",
+            **resources,
+        )
         .map_batches(_write, fn_args=(store, spec), batch_size=1, batch_format="pyarrow", num_cpus=IO_CPUS)
-    )  # fmt: skip
+    )
     for row in dataset.iter_rows():
         yield {"part": row["part"], "receipt": json.loads(row["receipt"])}
 
@@ -125,13 +143,15 @@ def _tokenise(batch: pa.Table, passages: Store, spec: EncoderSpec) -> pa.Table:
     part = json.loads(batch["part"][0].as_py())
     table = corpus.read_part(passages, part)
     tokens = _tokeniser(spec).passages(table["title"].to_pylist(), table["text"].to_pylist())
-    return pa.table({
-        "part": [_number(part)],
-        "id": pa.array([table["id"].to_pylist()], pa.list_(pa.string())),
-        "tokens": _one_list(tokens.ids, pa.int32()),
-        "offsets": _one_list(tokens.offsets, pa.int64()),
-        "types": _one_list(tokens.type_ids, pa.int8()),
-    })  # fmt: skip
+    return pa.table(
+        {
+            "part": [_number(part)],
+            "id": pa.array([table["id"].to_pylist()], pa.list_(pa.string())),
+            "tokens": _one_list(tokens.ids, pa.int32()),
+            "offsets": _one_list(tokens.offsets, pa.int64()),
+            "types": _one_list(tokens.type_ids, pa.int8()),
+        }
+    )
 
 
 class _EncoderActor:
@@ -152,13 +172,15 @@ class _EncoderActor:
         emb_ND = self.encoder.encode_tokens(tokens)
         ids = batch["id"].combine_chunks().flatten()
         data = embeddings.to_parquet(ids, emb_ND, self.spec.storage)
-        return pa.table({
-            "part": batch["part"],
-            "data": pa.array([data], pa.large_binary()),
-            "num_rows": [len(tokens)],
-            "num_tokens": [len(tokens.ids)],
-            "seconds": [time.perf_counter() - started],
-        })  # fmt: skip
+        return pa.table(
+            {
+                "part": batch["part"],
+                "data": pa.array([data], pa.large_binary()),
+                "num_rows": [len(tokens)],
+                "num_tokens": [len(tokens.ids)],
+                "seconds": [time.perf_counter() - started],
+            }
+        )
 
 
 def _write(batch: pa.Table, store: Store, spec: EncoderSpec) -> pa.Table:

@@ -20,8 +20,11 @@ _LATENCY_QUERIES = 100
 def evaluate(root: str, manifest: dict[str, Any], config: EvaluateConfig, progress: Progress) -> dict[str, Any]:
     """Score a version on `config.questions`, put the result beside it and return it."""
     if not config.questions:
-        raise ConfigError("there are no questions to evaluate on", expected="evaluate.questions: a JSONL or DPR qas file",
-                          hint="add it to the config, or pass --questions FILE")  # fmt: skip
+        raise ConfigError(
+            "there are no questions to evaluate on",
+            expected="evaluate.questions: a JSONL or DPR qas file",
+            hint="add it to the config, or pass --questions FILE",
+        )
     questions = read_questions(config.questions)
     ks = sorted({min(k, manifest["num_rows"]) for k in config.k})
     batches = [[q.text for q in questions[i : i + _BATCH]] for i in range(0, len(questions), _BATCH)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from pipelines.index.search import merge_topk
 
 from cluster.pools import largest_node_cpus, run_task, run_tasks
 from cluster.progress import Progress
@@ -13,7 +14,6 @@ from pipelines.build import BuildPlan, Rows, ShardPlan
 from pipelines.config import IndexConfig
 from pipelines.encode import Encoder
 from pipelines.evaluate import read_questions, recall_at, recall_half_width
-from pipelines.index.search import merge_topk
 from pipelines.manifest import Receipt, has_manifest, read_manifest
 from pipelines.retrieve import LocalShard, bound_encoder
 
@@ -58,10 +58,8 @@ def build_version(
 
 
 def _build_shards(plan: BuildPlan, trained: Receipt, progress: Progress) -> list[Receipt]:
-    done: dict[int, Receipt] = {}
-    for number, receipt in run_tasks(_find_shard_task, plan.shards, plan, trained):
-        if receipt is not None:
-            done[number] = receipt
+    found = dict(run_tasks(_find_shard_task, plan.shards, plan, trained))
+    done: dict[int, Receipt] = {number: receipt for number, receipt in found.items() if receipt is not None}
     missing = [shard for shard in plan.shards if shard.number not in done]
     groups: dict[int, dict[int, Receipt]] = {shard.number: {} for shard in missing}
     items = [(shard, group) for shard in missing for group in range(len(shard.groups))]
@@ -85,13 +83,20 @@ def _measure_recall(plan: BuildPlan, content: dict[str, Any], questions: str | N
     """Return recall@k of the built shards against exact search, on queries that are not stored vectors."""
     k = min(_RECALL_K, plan.num_rows)
     queries_BD = run_task(_queries_task, plan, questions)
-    exact = [found for _, found in run_tasks(_exact_task, [g for s in plan.shards for g in s.groups], plan, queries_BD, k)]
+    exact = [
+        found for _, found in run_tasks(_exact_task, [g for s in plan.shards for g in s.groups], plan, queries_BD, k)
+    ]
     numbers = range(len(plan.shards))
     approximate = [found for _, found in run_tasks(_search_task, numbers, plan.root, content, queries_BD, k)]
     (_, exact_QK), (_, found_QK) = merge_topk(exact, k), merge_topk(approximate, k)
-    return {"k": k, "value": round(recall_at(found_QK, exact_QK, k), 5),
-            "ci95": round(recall_half_width(found_QK, exact_QK, k), 5), "num_queries": len(queries_BD),
-            "target": plan.config.min_recall, "queries": "questions" if questions else "sampled sentences"}  # fmt: skip
+    return {
+        "k": k,
+        "value": round(recall_at(found_QK, exact_QK, k), 5),
+        "ci95": round(recall_half_width(found_QK, exact_QK, k), 5),
+        "num_queries": len(queries_BD),
+        "target": plan.config.min_recall,
+        "queries": "questions" if questions else "sampled sentences",
+    }
 
 
 def _queries_task(plan: BuildPlan, questions: str | None) -> Any:

@@ -11,7 +11,7 @@ from pipelines.config import CorpusConfig
 from pipelines.corpus import IngestPlan, Resolved, Staged
 from pipelines.errors import InputError
 from pipelines.manifest import drop_receipts, has_manifest, read_manifest
-from pipelines.readers import Split, check_chain
+from pipelines.readers import Split, settle
 from pipelines.storage import Store
 
 
@@ -38,15 +38,17 @@ def ingest(root: str, config: CorpusConfig, progress: Progress) -> dict[str, Any
 def _stage(staging: Store, plan: IngestPlan, stage: Stage) -> list[Staged]:
     """Stage every split, then again those whose guess of a record boundary turned out wrong, until all agree."""
     staged: dict[int, Staged] = {}
-    for position, result in run_tasks(_stage_task, [(s, None) for s in plan.splits], staging, plan):
-        staged[position] = result
-        stage.advance(reused=result.reused, rows=result.num_rows, quarantined=result.num_rejected)
-    while wrong := check_chain([(s, staged[s.index].first, staged[s.index].end) for s in plan.splits]):
-        # Each wrong split follows one whose end is known by now, or becomes known in a later round.
-        again = [(plan.splits[i], staged[i - 1].end) for i in wrong]
-        for position, result in run_tasks(_stage_task, again, staging, plan):
-            staged[wrong[position]] = result
-    return [staged[i] for i in range(len(plan.splits))]
+
+    def read(start_at: dict[int, int | None]) -> dict[int, tuple[int, int]]:
+        items = [(plan.splits[index], start) for index, start in start_at.items()]
+        for position, result in run_tasks(_stage_task, items, staging, plan):
+            if (index := items[position][0].index) not in staged:
+                stage.advance(reused=result.reused, rows=result.num_rows, quarantined=result.num_rejected)
+            staged[index] = result
+        return {index: (staged[index].first, staged[index].end) for index in start_at}
+
+    settle(plan.splits, read)
+    return [staged[split.index] for split in plan.splits]
 
 
 def _stage_task(item: tuple[Split, int | None], staging: Store, plan: IngestPlan) -> Staged:

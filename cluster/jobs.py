@@ -93,7 +93,9 @@ def status(root: str) -> dict[str, Any]:
     for corpus in store.child("corpora").folders():
         for name in store.child("corpora", corpus).folders():
             if name != "inputs":
-                result["snapshots"].append(_state(store.child("corpora", corpus, name), "snapshot", corpus=corpus, snapshot=name))
+                result["snapshots"].append(
+                    _state(store.child("corpora", corpus, name), "snapshot", corpus=corpus, snapshot=name)
+                )
     for snapshot in store.child("embeddings").folders():
         for encoder in store.child("embeddings", snapshot).folders():
             folder = store.child("embeddings", snapshot, encoder)
@@ -205,8 +207,9 @@ def _encode(config: Config, spec: EncoderSpec, snapshot: dict[str, Any], progres
 
 
 def _index(config: Config, spec: EncoderSpec, progress: Progress) -> dict[str, Any]:
-    from cluster.index import build_version
     from pipelines.index.spec import parse_spec
+
+    from cluster.index import build_version
 
     metric = "ip" if config.index.metric == "auto" else config.index.metric
     parse_spec(config.index.factory, spec.dim, metric)  # an impossible factory is refused before hours of encoding
@@ -225,12 +228,14 @@ def _only_alias(root: str) -> str:
         return names[0]
     found = ", ".join(names) or "none"
     hint = "pass --name" if names else "build an index with `pinakes run CONFIG`, or pass --root"
-    raise ConfigError("which index to search is not clear", where=root, expected=f"one alias, found: {found}", hint=hint)
+    raise ConfigError(
+        "which index to search is not clear", where=root, expected=f"one alias, found: {found}", hint=hint
+    )
 
 
 def _state(store: Store, kind: str, **identity: str) -> dict[str, Any]:
     if not has_manifest(store):
-        done = len(store.child("receipts").list()) or len(store.list("split-"))
+        done = len(store.child("receipts").files()) or len(store.files("split-"))
         return {**identity, "state": "unfinished", "files_done": done}
     manifest = read_manifest(store, kind)
     keys = ("num_rows", "num_quarantined", "dim", "factory", "num_shards", "recall", "created")
@@ -241,7 +246,9 @@ def _inspect_file(target: str, name: str) -> dict[str, Any]:
     folder, _, _ = target.rpartition("/")
     store = Store(folder or ".")
     if not store.exists(name):
-        raise ArtifactError("there is no such file", where=store.path(name), hint="`pinakes status` lists what the root holds")
+        raise ArtifactError(
+            "there is no such file", where=store.path(name), hint="`pinakes status` lists what the root holds"
+        )
     facts: dict[str, Any] = {"file": target, "num_bytes": store.size(name), "sha256": store.sha256(name)}
     if has_manifest(store) and name != MANIFEST:
         manifest = json.loads(store.read(MANIFEST))
@@ -254,14 +261,21 @@ def _inspect_file(target: str, name: str) -> dict[str, Any]:
 def _content_facts(store: Store, name: str, sha256: str) -> dict[str, Any]:
     if name.endswith(".json"):
         content = json.loads(store.read(name))
-        return {"keys": sorted(content), **{k: content[k] for k in ("kind", "num_rows", "version", "current") if k in content}}
+        return {
+            "keys": sorted(content),
+            **{k: content[k] for k in ("kind", "num_rows", "version", "current") if k in content},
+        }
     path = store.local(name, sha256)
     if name.endswith(".faiss"):
         from pipelines.index.build import read
 
         opened = read(path, mmap=True)
-        return {"type": type(opened).__name__, "num_rows": opened.ntotal, "dim": opened.d,
-                "metric": {0: "ip", 1: "l2"}.get(opened.metric_type, opened.metric_type)}  # fmt: skip
+        return {
+            "type": type(opened).__name__,
+            "num_rows": opened.ntotal,
+            "dim": opened.d,
+            "metric": {0: "ip", 1: "l2"}.get(opened.metric_type, opened.metric_type),
+        }
     import pyarrow as pa
     import pyarrow.parquet as pq
 

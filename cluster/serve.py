@@ -20,6 +20,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
+from pipelines.index.search import merge_topk
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from starlette.exceptions import HTTPException
@@ -27,7 +28,6 @@ from starlette.exceptions import HTTPException
 from pipelines import publish
 from pipelines.config import ServeConfig
 from pipelines.errors import ArtifactError, ConfigError, InputError, PinakesError
-from pipelines.index.search import merge_topk
 from pipelines.models.base import CrossEncoder
 from pipelines.rerank import rerank
 from pipelines.retrieve import LocalShard, Retriever, check_k
@@ -160,7 +160,12 @@ class Gateway:
     """Answer requests: encode queries in batches, search all shards, merge, fetch, rerank."""
 
     def __init__(
-        self, root: str, versions: dict[str, dict[str, Any]], config: dict[str, Any], shards: dict[str, list[Any]], reranker: Any
+        self,
+        root: str,
+        versions: dict[str, dict[str, Any]],
+        config: dict[str, Any],
+        shards: dict[str, list[Any]],
+        reranker: Any,
     ) -> None:
         self.config = ServeConfig(**config)
         self.shards, self.reranker = shards, reranker
@@ -184,10 +189,15 @@ class Gateway:
     async def ready(self) -> dict[str, Any]:
         """Say what is loaded and served."""
         aliases = {
-            alias: {"version": m["version"], "num_rows": m["num_rows"], "dim": m["dim"], "factory": m["factory"],
-                    "encoder": m["encoder"]["checkpoint"]}
+            alias: {
+                "version": m["version"],
+                "num_rows": m["num_rows"],
+                "dim": m["dim"],
+                "factory": m["factory"],
+                "encoder": m["encoder"]["checkpoint"],
+            }
             for alias, m in ((a, r.manifest) for a, r in self.retrievers.items())
-        }  # fmt: skip
+        }
         return {"ready": True, "reranker": self.reranker is not None, "aliases": aliases}
 
     @api.post("/search", response_model_exclude_none=True)
@@ -208,7 +218,9 @@ class Gateway:
         found = retriever.fetch(score_BK, row_BK)
         clock.append(time.perf_counter())
         if request.rerank:
-            found = await asyncio.gather(*(self.reranker.rerank.remote(t, h) for t, h in zip(texts, found, strict=True)))
+            found = await asyncio.gather(
+                *(self.reranker.rerank.remote(t, h) for t, h in zip(texts, found, strict=True))
+            )
             found = [hits[: request.k] for hits in found]
             clock.append(time.perf_counter())
         stages = ("receive", "encode", "search", "fetch", "rerank")
@@ -217,7 +229,9 @@ class Gateway:
         results = [[_hit_model(h) for h in hits] for hits in found]
         answer = {"hits": results[0]} if request.query is not None else {"results": results}
         m = retriever.manifest
-        return SearchResponse(alias=alias, version=m["version"], encoder=m["encoder"]["checkpoint"], took_ms=took, **answer)  # type: ignore[arg-type]
+        return SearchResponse(
+            alias=alias, version=m["version"], encoder=m["encoder"]["checkpoint"], took_ms=took, **answer
+        )  # type: ignore[arg-type]
 
     @api.get("/passages/{passage_id:path}", response_model_exclude_none=True)
     async def passage(self, passage_id: str, alias: str | None = None) -> PassageModel:
@@ -274,26 +288,36 @@ def application(root: str, aliases: list[str], config: ServeConfig) -> Any:
     if config.placement == "spread":
         for alias, manifest in versions.items():
             shards[alias] = [
-                Shard.options(name=f"shard-{alias}-{n}", max_ongoing_requests=64, ray_actor_options={"num_cpus": _SHARD_CPUS})
-                .bind(root, manifest, n)
+                Shard.options(
+                    name=f"shard-{alias}-{n}", max_ongoing_requests=64, ray_actor_options={"num_cpus": _SHARD_CPUS}
+                ).bind(root, manifest, n)
                 for n in range(manifest["num_shards"])
-            ]  # fmt: skip
-    reranker = Reranker.options(max_ongoing_requests=16, ray_actor_options={"num_cpus": _SHARD_CPUS}).bind(config.reranker) \
-        if config.reranker else None  # fmt: skip
-    gateway = Gateway.options(num_replicas=config.replicas, max_ongoing_requests=256, ray_actor_options={"num_cpus": 0.5})
+            ]
+    reranker = (
+        Reranker.options(max_ongoing_requests=16, ray_actor_options={"num_cpus": _SHARD_CPUS}).bind(config.reranker)
+        if config.reranker
+        else None
+    )
+    gateway = Gateway.options(
+        num_replicas=config.replicas, max_ongoing_requests=256, ray_actor_options={"num_cpus": 0.5}
+    )
     return gateway.bind(root, versions, config.model_dump(), shards, reranker)
 
 
 def start(root: str, aliases: list[str], config: ServeConfig) -> str:
     """Deploy the application on the connected cluster and return its address once it is ready."""
     import ray
-
     import ray.serve.context
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options={"host": config.host, "port": config.port}, logging_config={"log_level": "WARNING"})
     try:
-        serve.run(application(root, aliases, config), name=APPLICATION, route_prefix="/", logging_config={"log_level": "WARNING"})
+        serve.run(
+            application(root, aliases, config),
+            name=APPLICATION,
+            route_prefix="/",
+            logging_config={"log_level": "WARNING"},
+        )
     except (RuntimeError, ray.exceptions.RayError) as error:
         hint = "the deployment's log holds the cause; `pinakes status` checks the versions"
         raise PinakesError(f"the application did not start: {error}", hint=hint) from error

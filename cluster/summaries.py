@@ -19,7 +19,7 @@ def ingest_summary(result: dict[str, Any]) -> str:
 def encode_summary(result: dict[str, Any]) -> str:
     encoder = result["encoder"]
     return (
-        f"embeddings of snapshot {result['snapshot']}: {result['num_rows']:,} vectors of {result['dim']} values "
+        f"embeddings of snapshot {result['snapshot']}: {result['num_rows']:,} {result['dim']}-d vectors "
         f"({encoder['storage']}, computed in {encoder['compute']}) by {encoder['checkpoint']} [{encoder['fingerprint']}]"
     )
 

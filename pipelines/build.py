@@ -13,6 +13,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -101,7 +102,9 @@ class BuildPlan:
 
     @property
     def vectors(self) -> Store:
-        return Store(self.root).child("embeddings", self.embeddings["snapshot"], self.embeddings["encoder"]["fingerprint"])
+        return Store(self.root).child(
+            "embeddings", self.embeddings["snapshot"], self.embeddings["encoder"]["fingerprint"]
+        )
 
     @property
     def passages(self) -> Store:
@@ -125,7 +128,7 @@ def plan_build(
 
 def _cut(rows: Rows, pieces: int) -> Iterator[Rows]:
     bounds = [rows.start + len(rows) * i // pieces for i in range(pieces + 1)]
-    return (Rows(a, b) for a, b in zip(bounds, bounds[1:], strict=False))
+    return (Rows(a, b) for a, b in pairwise(bounds))
 
 
 def train_quantizer(plan: BuildPlan) -> Receipt:
@@ -271,8 +274,12 @@ def _shard_facts(rows: Rows, trained: Receipt) -> dict[str, Any]:
 
 def _put_index(store: Store, name: str, index: Any, made_from: str, facts: dict[str, Any]) -> Receipt:
     if facts.get("num_rows", index.ntotal) != index.ntotal:
-        raise ArtifactError(f"{name} holds {index.ntotal} vectors", where=store.path(name), expected=str(facts["num_rows"]),
-                            hint="an embedding part and its manifest disagree: run `pinakes encode` again")  # fmt: skip
+        raise ArtifactError(
+            f"{name} holds {index.ntotal} vectors",
+            where=store.path(name),
+            expected=str(facts["num_rows"]),
+            hint="an embedding part and its manifest disagree: run `pinakes encode` again",
+        )
     with temporary_file() as temp:
         write(index, temp)
         return put_done(store, name, temp, made_from, facts)

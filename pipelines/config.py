@@ -155,8 +155,11 @@ def parse_config(content: dict[str, Any], where: str = "config") -> Config:
     except ValidationError as error:
         problems = [_problem(dict(item)) for item in error.errors()]
         plural = "problem" if len(problems) == 1 else "problems"
-        raise ConfigError(f"{len(problems)} {plural} in the config\n" + "\n".join(f"  - {p}" for p in problems),
-                          where=where, hint="`configs/` holds working examples; README lists the keys") from error  # fmt: skip
+        raise ConfigError(
+            f"{len(problems)} {plural} in the config\n" + "\n".join(f"  - {p}" for p in problems),
+            where=where,
+            hint="`configs/` holds working examples; README lists the keys",
+        ) from error
 
 
 def nearest(name: str, candidates: list[str]) -> str | None:
@@ -190,7 +193,9 @@ def _override(content: dict[str, Any], override: str) -> None:
 
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"cannot read the override {override!r}", expected="key.subkey=value, for example index.factory=Flat")
+        raise ConfigError(
+            f"cannot read the override {override!r}", expected="key.subkey=value, for example index.factory=Flat"
+        )
     *path, last = key.split(".")
     node = content
     for piece in path:

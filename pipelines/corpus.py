@@ -33,9 +33,7 @@ Array = npt.NDArray[Any]
 _CHUNK_BYTES = 32 << 20
 _CHUNK_ROWS = 16_384
 _ROWS_AT_ONCE = 1 << 23  # ids compared at once while looking for duplicates: bounds memory at about 400 MB
-_STAGED = pa.schema(
-    [*PASSAGE, ("position", pa.int64()), ("id_digest", pa.binary(16)), ("row_digest", pa.binary(16))]
-)
+_STAGED = pa.schema([*PASSAGE, ("position", pa.int64()), ("id_digest", pa.binary(16)), ("row_digest", pa.binary(16))])
 
 
 @dataclass(frozen=True)
@@ -99,8 +97,9 @@ def plan_ingest(config: CorpusConfig) -> IngestPlan:
 
 def read_options(config: CorpusConfig) -> ReadOptions:
     columns = {str(key): value for key, value in config.columns.items()}
-    return ReadOptions(format=config.format, columns=columns, max_row_bytes=config.max_row_bytes,
-                       split_bytes=config.split_bytes)  # fmt: skip
+    return ReadOptions(
+        format=config.format, columns=columns, max_row_bytes=config.max_row_bytes, split_bytes=config.split_bytes
+    )
 
 
 def corpus_store(root: str, name: str) -> Store:
@@ -126,18 +125,16 @@ def stage_split(store: Store, plan: IngestPlan, split: Split, start_at: int | No
     writer = _ChunkWriter(store, split.index)
     first, end = split.start, split.start
     if split.format == "pydocs":
-        for row in _package_rows(split.url):
-            writer.add_row(row)
+        _read_package_docs(split.url, writer)
     else:
         reader = SplitReader(split, read_options(plan.config), start_at)
         for item in reader:
-            if isinstance(item, Row):
-                writer.add_row(item)
-            else:
-                writer.add_reject(split.url, item)
+            writer.add(split.url, item)
         first, end = reader.first, reader.end
     writer.close()
-    staged = Staged(split.index, first, end, writer.chunks, writer.rejected, writer.num_rows, writer.num_rejected, writer.reasons)
+    staged = Staged(
+        split.index, first, end, writer.chunks, writer.rejected, writer.num_rows, writer.num_rejected, writer.reasons
+    )
     content = {"made_from": made_from, "sizes": writer.sizes, "staged": asdict(staged)}
     store.put(record, json.dumps(content).encode())
     return staged
@@ -173,13 +170,19 @@ class _ChunkWriter:
         self._bytes = 0
         self._rejects: list[dict[str, Any]] = []
 
-    def add_row(self, row: Row) -> None:
+    def add(self, source: str, item: Row | Reject) -> None:
+        if isinstance(item, Row):
+            self._add_row(item)
+        else:
+            self._add_reject(source, item)
+
+    def _add_row(self, row: Row) -> None:
         self._rows.append(row)
         self._bytes += len(row.text) + len(row.title)
         if len(self._rows) >= _CHUNK_ROWS or self._bytes >= _CHUNK_BYTES:
             self._flush_rows()
 
-    def add_reject(self, source: str, item: Reject) -> None:
+    def _add_reject(self, source: str, item: Reject) -> None:
         self._rejects.append({"source": source, **asdict(item)})
         self.reasons[item.reason] = self.reasons.get(item.reason, 0) + 1
         if len(self._rejects) >= _CHUNK_ROWS:
@@ -194,10 +197,17 @@ class _ChunkWriter:
     def _flush_rows(self) -> None:
         rows, self._rows, self._bytes = self._rows, [], 0
         columns = [
-            [r.id for r in rows], [r.title for r in rows], [r.text for r in rows], [r.answers for r in rows],
-            [r.position for r in rows], [_digest(r.id) for r in rows],
-            [_digest(r.id, r.title, r.text, *(["\0answers", *r.answers] if r.answers is not None else [])) for r in rows],
-        ]  # fmt: skip
+            [r.id for r in rows],
+            [r.title for r in rows],
+            [r.text for r in rows],
+            [r.answers for r in rows],
+            [r.position for r in rows],
+            [_digest(r.id) for r in rows],
+            [
+                _digest(r.id, r.title, r.text, *(["\0answers", *r.answers] if r.answers is not None else []))
+                for r in rows
+            ],
+        ]
         arrays = [pa.array(c, f.type) for c, f in zip(columns, _STAGED, strict=True)]
         name = f"chunk-{self.split:06d}-{len(self.chunks):05d}.parquet"
         self.sizes[name] = _put_table(self.store, name, pa.table(arrays, schema=_STAGED))
@@ -212,11 +222,14 @@ class _ChunkWriter:
         self.num_rejected += len(rejects)
 
 
-def _package_rows(package: str) -> Iterator[Row]:
-    from pipelines.pydocs import installed_packages, read_package
+def _read_package_docs(package: str, writer: _ChunkWriter) -> None:
+    from pipelines.pydocs import SkippedFile, installed_packages, read_package
 
-    for position, row in enumerate(read_package(installed_packages([package])[0])):
-        yield Row(position, row["id"], row["title"], row["text"], None)
+    skipped: list[SkippedFile] = []
+    for position, row in enumerate(read_package(installed_packages([package])[0], skipped)):
+        writer.add(package, Row(position, row["id"], row["title"], row["text"], None))
+    for file in skipped:
+        writer.add(file.source, Reject(0, file.reason, file.detail, ""))
 
 
 def _digest(*pieces: str) -> bytes:
@@ -253,10 +266,8 @@ def _find_duplicates(store: Store, chunks: Sequence[tuple[str, int]]) -> dict[st
     """Return, for each chunk that has any, the ascending indexes of its rows whose id occurred before."""
     first_rows = np.cumsum([0] + [n for _, n in chunks])
     num_rounds = max(1, -(-int(first_rows[-1]) // _ROWS_AT_ONCE))
-    found: list[Array] = []
-    for this_round in range(num_rounds):
-        found.append(_duplicates_in_round(store, chunks, first_rows, this_round, num_rounds))
-    rows = np.sort(np.concatenate(found)) if found else np.zeros(0, np.int64)
+    found = [_duplicates_in_round(store, chunks, first_rows, i, num_rounds) for i in range(num_rounds)]
+    rows = np.sort(np.concatenate(found))
     bounds = np.searchsorted(rows, first_rows)
     return {
         name: rows[low:high] - first
@@ -320,11 +331,15 @@ def _check_share(plan: IngestPlan, staged: Sequence[Staged], kept: int, refused:
             f"{refused} of {kept + refused} rows were refused: {told}",
             where=", ".join(plan.config.sources)[:500],
             expected=f"at most {allowed:.2%} (corpus.max_quarantined_share)",
-            hint="the rows and reasons are in quarantine.parquet beside the snapshots; mend the input or raise the share",
+            hint="quarantine.parquet beside the snapshots holds them; mend the input or raise the share",
         )
     if kept == 0:
-        raise InputError("the corpus has no passages", where=", ".join(plan.config.sources)[:500],
-                         expected="at least one row with an id and a text", hint="check corpus.sources and corpus.columns")  # fmt: skip
+        raise InputError(
+            "the corpus has no passages",
+            where=", ".join(plan.config.sources)[:500],
+            expected="at least one row with an id and a text",
+            hint="check corpus.sources and corpus.columns",
+        )
 
 
 # Cut
@@ -378,7 +393,12 @@ def _duplicate_rows(staging: Store, chunk: str, dropped: Array, source: str) -> 
     reject = {"source": source, "reason": "duplicate_id"}
     return pa.Table.from_pylist(
         [
-            {**reject, "position": r["position"], "detail": f"id {r['id']!r} occurred before", "snippet": r["text"][:200]}
+            {
+                **reject,
+                "position": r["position"],
+                "detail": f"id {r['id']!r} occurred before",
+                "snippet": r["text"][:200],
+            }
             for r in rows
         ],
         schema=QUARANTINE,
@@ -386,7 +406,12 @@ def _duplicate_rows(staging: Store, chunk: str, dropped: Array, source: str) -> 
 
 
 def publish_snapshot(
-    root: str, plan: IngestPlan, resolved: Resolved, parts: Sequence[Receipt], num_quarantined: int, reasons: dict[str, int]
+    root: str,
+    plan: IngestPlan,
+    resolved: Resolved,
+    parts: Sequence[Receipt],
+    num_quarantined: int,
+    reasons: dict[str, int],
 ) -> dict[str, Any]:
     """Write the snapshot's manifest, last, then the pointer from these inputs to it; return the manifest."""
     corpus = corpus_store(root, plan.config.name)

@@ -36,16 +36,23 @@ def to_parquet(ids: Sequence[str] | pa.Array, emb_ND: Array, storage: str) -> by
     bad = np.flatnonzero(~np.isfinite(stored).all(axis=1))
     if len(bad):
         raise InputError(
-            f"the encoder gave a vector that is not finite in {storage} for passage {ids[int(bad[0])]!r} ({len(bad)} in all)",
-            hint="fp16 overflows above 65,504: use storage fp32, or compute fp32 or bf16; else the checkpoint is broken",
+            f"{len(bad)} vectors are not finite in {storage}, the first for passage {str(ids[int(bad[0])])!r}",
+            hint="fp16 ends at 65,504: use storage fp32, compute fp32 or bf16; else the checkpoint is broken",
         )
     schema = embedding_schema(stored.shape[1], storage)
     flat = pa.array(stored.reshape(-1), type=schema.field("vector").type.value_type)
     vectors = pa.FixedSizeListArray.from_arrays(flat, type=schema.field("vector").type)
     table = pa.table([pa.array(ids, pa.string()), vectors], schema=schema)
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="none", use_dictionary=False, write_page_checksum=True, write_statistics=False,
-                   row_group_size=max(1, len(ids)))  # fmt: skip
+    pq.write_table(
+        table,
+        sink,
+        compression="none",
+        use_dictionary=False,
+        write_page_checksum=True,
+        write_statistics=False,
+        row_group_size=max(1, len(ids)),
+    )
     return bytes(sink.getvalue())
 
 
@@ -80,8 +87,12 @@ def decode_vectors(data: bytes, where: str) -> Array:
         width = chunk.type.list_size
         return np.asarray(chunk.flatten().to_numpy(zero_copy_only=False)).reshape(len(chunk), width)
     except (pa.ArrowException, AttributeError, KeyError, OSError) as error:
-        raise ArtifactError(f"not an embedding part: {error}", where=where, expected="Parquet with a `vector` column of "
-                            "fixed_size_list", hint="delete it and run `pinakes encode` again") from error  # fmt: skip
+        raise ArtifactError(
+            f"not an embedding part: {error}",
+            where=where,
+            expected="Parquet with a `vector` column of fixed_size_list",
+            hint="delete it and run `pinakes encode` again",
+        ) from error
 
 
 def iter_blocks(store: Store, entries: Sequence[dict[str, Any]], dim: int) -> Iterator[tuple[Array, Array]]:

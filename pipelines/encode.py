@@ -79,17 +79,27 @@ def resolve(config: EncoderConfig, on_gpu: bool = False) -> EncoderSpec:
     if info.dim != query_info.dim:
         raise CheckpointError(
             f"the query encoder gives {query_info.dim} values, the passage encoder {info.dim}",
-            where=query_directory, expected="two encoders trained together", hint="check encoder.query_checkpoint",
-        )  # fmt: skip
+            where=query_directory,
+            expected="two encoders trained together",
+            hint="check encoder.query_checkpoint",
+        )
     max_length = min(config.max_length or info.max_length, info.max_length)
     digest = checkpoint_digest(directory)
     return EncoderSpec(
-        checkpoint=config.checkpoint, query_checkpoint=query, family=info.family, query_family=query_info.family,
-        dim=info.dim, similarity=info.similarity, max_length=max_length,
-        compute=default_compute(on_gpu) if config.compute == "auto" else config.compute, storage=config.storage,
-        token_budget=config.token_budget, formatting=info.formatting, digest=digest,
+        checkpoint=config.checkpoint,
+        query_checkpoint=query,
+        family=info.family,
+        query_family=query_info.family,
+        dim=info.dim,
+        similarity=info.similarity,
+        max_length=max_length,
+        compute=default_compute(on_gpu) if config.compute == "auto" else config.compute,
+        storage=config.storage,
+        token_budget=config.token_budget,
+        formatting=info.formatting,
+        digest=digest,
         query_digest=digest if query_directory == directory else checkpoint_digest(query_directory),
-    )  # fmt: skip
+    )
 
 
 def default_compute(on_gpu: bool) -> str:

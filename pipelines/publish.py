@@ -101,8 +101,12 @@ def read_version(root: str, name: str, version: str | None = None) -> dict[str, 
     store = index_store(root, name)
     if not has_manifest(store.child(chosen)):
         known = ", ".join(list_versions(root, name)) or "none"
-        raise ArtifactError(f"index {name!r} has no published version {chosen!r}", where=store.path(chosen),
-                            expected=f"one of: {known}", hint="`pinakes status` lists versions and aliases")  # fmt: skip
+        raise ArtifactError(
+            f"index {name!r} has no published version {chosen!r}",
+            where=store.path(chosen),
+            expected=f"one of: {known}",
+            hint="`pinakes status` lists versions and aliases",
+        )
     return read_manifest(store.child(chosen), "version")
 
 
@@ -110,7 +114,7 @@ def read_version(root: str, name: str, version: str | None = None) -> dict[str, 
 
 
 def list_aliases(root: str) -> list[str]:
-    names = Store(root).child("aliases").list()
+    names = Store(root).child("aliases").files()
     return [n.removesuffix(".json") for n in names if n.endswith(".json")]
 
 
@@ -123,8 +127,12 @@ def read_alias(root: str, name: str) -> dict[str, Any]:
         known = list_aliases(root)
         guess = nearest(name, known)
         hint = f"did you mean {guess!r}?" if guess else "build one with `pinakes run CONFIG`"
-        raise ArtifactError(f"there is no alias {name!r}", where=Store(root).child("aliases").path(f"{name}.json"),
-                            expected=f"one of: {', '.join(known) or 'none yet'}", hint=hint)  # fmt: skip
+        raise ArtifactError(
+            f"there is no alias {name!r}",
+            where=Store(root).child("aliases").path(f"{name}.json"),
+            expected=f"one of: {', '.join(known) or 'none yet'}",
+            hint=hint,
+        )
     return state
 
 
@@ -153,7 +161,9 @@ def rollback(root: str, name: str) -> dict[str, Any]:
     """Point the alias back to its previous version. Raises ConfigError when there is none."""
     previous = read_alias(root, name)["previous"]
     if previous is None:
-        raise ConfigError(f"alias {name!r} has no previous version to go back to", hint="`pinakes status` shows its history")
+        raise ConfigError(
+            f"alias {name!r} has no previous version to go back to", hint="`pinakes status` shows its history"
+        )
     return promote(root, name, str(previous))
 
 

@@ -43,8 +43,12 @@ class LocalShard:
         self.index = read(store.local(name, entry["sha256"]), mmap=True)
         self.params = manifest["search_params"]
         if (self.index.ntotal, self.index.d) != (entry["num_rows"], manifest["dim"]):
-            raise ArtifactError(f"the shard holds {self.index.ntotal} vectors of width {self.index.d}", where=store.path(name),
-                                expected=f"{entry['num_rows']} of width {manifest['dim']}", hint="rebuild the version")  # fmt: skip
+            raise ArtifactError(
+                f"the shard holds {self.index.ntotal} vectors of width {self.index.d}",
+                where=store.path(name),
+                expected=f"{entry['num_rows']} of width {manifest['dim']}",
+                hint="rebuild the version",
+            )
 
     def search(self, queries_BD: Array, k: int) -> tuple[Array, Array]:
         return search(self.index, queries_BD, k, self.params, num_threads=1)
@@ -94,8 +98,13 @@ class Passages:
 class Retriever:
     """Search one version: its bound query encoder, its shards and its passages."""
 
-    def __init__(self, root: str, manifest: dict[str, Any], shards: Sequence[ShardSearch] | None = None,
-                 num_threads: int | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        root: str,
+        manifest: dict[str, Any],
+        shards: Sequence[ShardSearch] | None = None,
+        num_threads: int | None = None,
+    ) -> None:
         self.manifest = manifest
         self.spec = bound_encoder(manifest)
         self.encoder = Encoder(self.spec, "query", "cpu", num_threads)
@@ -122,7 +131,9 @@ class Retriever:
         clock.append(time.perf_counter())
         hits = self.fetch(score_BK, row_BK)
         clock.append(time.perf_counter())
-        spent = {name: (b - a) * 1000 for name, a, b in zip(("encode", "search", "fetch"), clock, clock[1:], strict=False)}
+        spent = {
+            name: (b - a) * 1000 for name, a, b in zip(("encode", "search", "fetch"), clock, clock[1:], strict=False)
+        }
         return hits, spent
 
     def search_vectors(self, emb_BD: Array, k: int) -> tuple[Array, Array]:
@@ -145,8 +156,12 @@ def check_k(k: int, manifest: dict[str, Any]) -> None:
     """Raise ConfigError when `k` asks for more hits than the version has passages, or for none."""
     if not 1 <= k <= manifest["num_rows"]:
         where = f"index {manifest['name']!r}, version {manifest['version']}"
-        raise ConfigError(f"k is {k}, but the index holds {manifest['num_rows']} passages", where=where,
-                          expected=f"1 to {manifest['num_rows']}", hint="ask for fewer hits")  # fmt: skip
+        raise ConfigError(
+            f"k is {k}, but the index holds {manifest['num_rows']} passages",
+            where=where,
+            expected=f"1 to {manifest['num_rows']}",
+            hint="ask for fewer hits",
+        )
 
 
 def bound_encoder(manifest: dict[str, Any]) -> EncoderSpec:
@@ -172,8 +187,9 @@ def _file_entry(manifest: dict[str, Any], name: str) -> dict[str, Any]:
     try:
         entry: dict[str, Any] = manifest["files"][name]
     except KeyError:
-        raise ArtifactError(f"the manifest does not list {name}", where=f"version {manifest['version']}",
-                            hint="rebuild the version") from None  # fmt: skip
+        raise ArtifactError(
+            f"the manifest does not list {name}", where=f"version {manifest['version']}", hint="rebuild the version"
+        ) from None
     return entry
 
 

@@ -29,7 +29,15 @@ QUARANTINE = pa.schema(
     ]
 )
 
-REASONS = ("missing_id", "missing_text", "duplicate_id", "undecodable", "wrong_field_count", "malformed", "oversized_row")
+REASONS = (
+    "missing_id",
+    "missing_text",
+    "duplicate_id",
+    "undecodable",
+    "wrong_field_count",
+    "malformed",
+    "oversized_row",
+)
 
 
 def embedding_schema(dim: int, storage: str) -> pa.Schema:

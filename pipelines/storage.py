@@ -74,7 +74,7 @@ class Store:
         handle: IO[bytes] = self._try("open", name, lambda: self.fs.open(self.path(name), "rb"))
         return handle
 
-    def list(self, prefix: str = "") -> list[str]:
+    def files(self, prefix: str = "") -> list[str]:
         """Return the sorted names of the files directly in the store whose name starts with `prefix`."""
 
         def names() -> list[str]:
@@ -206,7 +206,7 @@ class Store:
     def sweep_temporaries(self) -> None:
         """Remove the temporary files that killed writers left behind more than an hour ago."""
         if self.is_local:
-            for name in self.list(".tmp-"):
+            for name in self.files(".tmp-"):
                 with contextlib.suppress(OSError):
                     if time.time() - os.stat(self.path(name)).st_mtime > _STALE_TEMP_SECONDS:
                         os.unlink(self.path(name))
@@ -239,8 +239,12 @@ class Store:
                     raise
                 expected = "a file that an earlier step writes"
                 hint = "run that step again, or check the root and the name"
-                raise ArtifactError(f"cannot {doing} {name or 'the folder'}: it is not there", where=self.path(name),
-                                    expected=expected, hint=hint) from error  # fmt: skip
+                raise ArtifactError(
+                    f"cannot {doing} {name or 'the folder'}: it is not there",
+                    where=self.path(name),
+                    expected=expected,
+                    hint=hint,
+                ) from error
             except Exception as error:
                 transient = not self.is_local and isinstance(error, OSError) and error.errno in _TRANSIENT
                 if not transient or attempt == _REMOTE_ATTEMPTS:
@@ -251,15 +255,16 @@ class Store:
     def _explain(self, doing: str, name: str, error: Exception) -> StorageError:
         number = getattr(error, "errno", None)
         hints = {
-            errno.ENOSPC: "the disk is full: free some space or choose another root, then run again; what is done stays done",
+            errno.ENOSPC: "the disk is full: free some space or choose another root, then run again",
             errno.EDQUOT: "the disk quota is used up: free some space or choose another root, then run again",
             errno.EACCES: "permission is denied: check the owner of the folder, or the credentials and bucket policy",
             errno.EPERM: "permission is denied: check the owner of the folder, or the credentials and bucket policy",
             errno.EROFS: "the file system is read-only: choose another root",
         }
         hint = hints.get(number or 0, "check that the store is reachable and its credentials, then run again")
-        return StorageError(f"cannot {doing} {name or 'the folder'}: {error or type(error).__name__}",
-                            where=self.path(name), hint=hint)  # fmt: skip
+        return StorageError(
+            f"cannot {doing} {name or 'the folder'}: {error or type(error).__name__}", where=self.path(name), hint=hint
+        )
 
 
 def cache_dir(kind: str) -> str:

@@ -27,7 +27,9 @@ def test_the_shipped_configs_load(path: Path) -> None:
 
 
 def test_overrides_reach_deep_keys(tmp_path: Path) -> None:
-    config = _load(tmp_path, _GOOD, ["index.factory=HNSW32", "index.search_params={efSearch: 64}", "cluster.workers=[1, 4]"])
+    config = _load(
+        tmp_path, _GOOD, ["index.factory=HNSW32", "index.search_params={efSearch: 64}", "cluster.workers=[1, 4]"]
+    )
     assert config.index.factory == "HNSW32"  # type: ignore[attr-defined]
     assert config.index.search_params == {"efSearch": 64}  # type: ignore[attr-defined]
     assert config.cluster.worker_range() == (1, 4)  # type: ignore[attr-defined]

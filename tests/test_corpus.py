@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from pipelines import corpus
 from pipelines.config import CorpusConfig
 from pipelines.errors import ArtifactError, InputError
-from pipelines.readers import check_chain
+from pipelines.readers import settle
 from pipelines.schema import PASSAGE
 from pipelines.storage import Store
 
@@ -26,10 +27,13 @@ def ingest(root: Path, **options: Any) -> tuple[dict[str, Any], Store]:
     """Do the whole ingest in a plain loop."""
     plan = corpus.plan_ingest(CorpusConfig(**options))
     staging = corpus.staging_store(str(root), plan)
-    staged = {s.index: corpus.stage_split(staging, plan, s) for s in plan.splits}
-    while wrong := check_chain([(s, staged[s.index].first, staged[s.index].end) for s in plan.splits]):
-        for i in wrong:
-            staged[i] = corpus.stage_split(staging, plan, plan.splits[i], staged[i - 1].end)
+    staged: dict[int, corpus.Staged] = {}
+
+    def read(start_at: Mapping[int, int | None]) -> dict[int, tuple[int, int]]:
+        staged.update({i: corpus.stage_split(staging, plan, plan.splits[i], start) for i, start in start_at.items()})
+        return {i: (staged[i].first, staged[i].end) for i in start_at}
+
+    settle(plan.splits, read)
     ordered = [staged[i] for i in sorted(staged)]
     resolved = corpus.resolve(staging, plan, ordered)
     snapshot = corpus.corpus_store(str(root), plan.config.name).child(resolved.snapshot)
@@ -92,9 +96,12 @@ def test_duplicates_go_to_quarantine_first_one_stays(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpus, "_ROWS_AT_ONCE", at_once)  # several rounds, as with a corpus larger than memory
         manifest, store = ingest(
-            tmp_path, sources=[write_tsv(tmp_path / "a.tsv", rows)], part_size=part_size, split_bytes=split_bytes,
+            tmp_path,
+            sources=[write_tsv(tmp_path / "a.tsv", rows)],
+            part_size=part_size,
+            split_bytes=split_bytes,
             max_quarantined_share=1.0,
-        )  # fmt: skip
+        )
     expected = {}
     for row in rows:
         expected.setdefault(row[0], row)
@@ -108,7 +115,9 @@ def test_duplicates_go_to_quarantine_first_one_stays(
 def test_bad_rows_are_quarantined_with_reasons_and_too_many_stop_the_run(tmp_path: Path) -> None:
     path = tmp_path / "a.tsv"
     good = "".join(f"{i}\ttext {i}\t\n" for i in range(20)).encode()
-    path.write_bytes(b"id\ttext\ttitle\n" + good + b"21\t \tblank\n22\tonly two\n23\t\xff\xfe\tundecodable\n\tno id\t\n3\tagain\t\n")
+    path.write_bytes(
+        b"id\ttext\ttitle\n" + good + b"21\t \tblank\n22\tonly two\n23\t\xff\xfe\tundecodable\n\tno id\t\n3\tagain\t\n"
+    )
     options = {"sources": [str(path)], "max_quarantined_share": 0.5}
     manifest, store = ingest(tmp_path / "root", **options)
     reasons = sorted(r["reason"] for r in pq.read_table(store.path("quarantine.parquet")).to_pylist())
@@ -154,6 +163,8 @@ def test_a_tampered_part_is_refused(tmp_path: Path) -> None:
 
 
 def test_qa_pairs_carry_their_answers(tmp_path: Path) -> None:
-    (tmp_path / "paq.jsonl").write_text('{"question": "who?", "answer": ["me", "I"]}\n{"question": "when?", "answer": ["now"]}\n')
+    (tmp_path / "paq.jsonl").write_text(
+        '{"question": "who?", "answer": ["me", "I"]}\n{"question": "when?", "answer": ["now"]}\n'
+    )
     manifest, store = ingest(tmp_path, sources=[str(tmp_path / "paq.jsonl")])
     assert [(r["text"], r["answers"]) for r in rows_of(manifest, store)] == [("who?", ["me", "I"]), ("when?", ["now"])]

@@ -18,8 +18,13 @@ from tests.chaos.driver import PINAKES
 from tests.checkpoints import write_sentence_transformer
 from tests.s3 import s3_server
 
-ROWS = [{"id": f"p{i}", "title": f"title {i}", "text": f"the cat number {i} sat on mat {i * 7 % 13}"} for i in range(300)]
-QUESTIONS = [{"id": r["id"], "question": r["text"], "answer": [f"cat number {r['id'][1:]}"], "positive": [r["id"]]} for r in ROWS[::10]]
+ROWS = [
+    {"id": f"p{i}", "title": f"title {i}", "text": f"the cat number {i} sat on mat {i * 7 % 13}"} for i in range(300)
+]
+QUESTIONS = [
+    {"id": r["id"], "question": r["text"], "answer": [f"cat number {r['id'][1:]}"], "positive": [r["id"]]}
+    for r in ROWS[::10]
+]
 
 
 def pinakes(*arguments: str, code: int = 0) -> str:
@@ -113,14 +118,22 @@ def test_vectors_and_snapshot_do_not_depend_on_the_workers(job: Job, done: dict[
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
 
 
-@pytest.mark.parametrize(("factory", "params"), [("HNSW16", {"efSearch": 64}), ("IVF8,SQ8", {"nprobe": 8}), ("OPQ4,IVF8,PQ4", {})])
-def test_other_factories_on_the_same_embeddings(job: Job, done: dict[str, Any], factory: str, params: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("factory", "params"), [("HNSW16", {"efSearch": 64}), ("IVF8,SQ8", {"nprobe": 8}), ("OPQ4,IVF8,PQ4", {})]
+)
+def test_other_factories_on_the_same_embeddings(
+    job: Job, done: dict[str, Any], factory: str, params: dict[str, int]
+) -> None:
     config = job.config("f", factory=factory, search_params=params, group_rows=70)
     result = pinakes_json("index", config, "--quiet")
     assert result["stages"]["encode"]["made"] == 0
     assert result["recall"]["value"] > (0.3 if "PQ4" in factory else 0.9)
-    assert pinakes_json("search", ROWS[5]["text"], "--root", str(job.folder / "root"), "--version", result["version"],
-                        "-k", "5")["version"] == result["version"]  # fmt: skip
+    assert (
+        pinakes_json(
+            "search", ROWS[5]["text"], "--root", str(job.folder / "root"), "--version", result["version"], "-k", "5"
+        )["version"]
+        == result["version"]
+    )
 
 
 def test_search_status_inspect_promote_rollback(job: Job, done: dict[str, Any]) -> None:
@@ -130,7 +143,9 @@ def test_search_status_inspect_promote_rollback(job: Job, done: dict[str, Any]) 
     assert len(found["hits"]) == 3
     assert "p42" in pinakes("search", ROWS[42]["text"], "--root", root)
     other = pinakes_json("index", job.config("g", num_shards=1), "--quiet")["version"]
-    assert pinakes_json("status", "--root", root)["aliases"][0]["current"] == done["version"]["version"]  # not moved by `index`
+    assert (
+        pinakes_json("status", "--root", root)["aliases"][0]["current"] == done["version"]["version"]
+    )  # not moved by `index`
     assert pinakes_json("promote", "cats", other, "--root", root)["current"] == other
     assert pinakes_json("rollback", "cats", "--root", root)["current"] == done["version"]["version"]
     state = pinakes_json("status", "--root", root)
@@ -163,7 +178,11 @@ def test_bad_input_is_explained_with_its_exit_code(job: Job, done: dict[str, Any
         (("search", "x", "--root", root, "--name", "cat"), 5, "did you mean 'cats'?"),
         (("search", " ", "--root", root), 3, "blank"),
         (("search", "x", "--root", root, "--name", "cats", "--version", "nope"), 5, "no published version 'nope'"),
-        (("evaluate", job.config("b"), "--set", "encoder.max_length=4"), 5, "not the one that this version was built with"),
+        (
+            ("evaluate", job.config("b"), "--set", "encoder.max_length=4"),
+            5,
+            "not the one that this version was built with",
+        ),
         (("rollback", "cats", "--root", str(job.folder / "empty")), 5, "there is no alias 'cats'"),
         (("inspect", str(job.folder / "nope.faiss")), 5, "no such file"),
         (("run",), 2, "Missing argument"),
@@ -190,7 +209,7 @@ def test_a_tampered_file_of_a_version_is_never_used(job: Job, done: dict[str, An
 
 
 def test_the_whole_job_on_s3(job: Job, done: dict[str, Any]) -> None:
-    """Same bytes on S3 as on disk, with one request in 40 failing; a local cluster, so that workers get the credentials."""
+    """Same bytes on S3 as on disk, one request in 40 failing. The cluster is local: workers inherit the credentials."""
     with s3_server() as (url, faults), pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS")
         patch.setenv("PINAKES_CACHE", str(job.folder / "cache"))

@@ -131,9 +131,16 @@ def expected_rows(table: Sequence[tuple[str, str, str]], is_tsv: bool) -> list[A
     backwards=st.booleans(),
 )
 def test_any_table_any_split_size(
-    tmp_path: Path, table: list[tuple[str, str, str]], split_bytes: int, is_tsv: bool, quote_all: bool, ending: str,
-    bom: bool, trim_end: bool, backwards: bool,
-) -> None:  # fmt: skip
+    tmp_path: Path,
+    table: list[tuple[str, str, str]],
+    split_bytes: int,
+    is_tsv: bool,
+    quote_all: bool,
+    ending: str,
+    bom: bool,
+    trim_end: bool,
+    backwards: bool,
+) -> None:
     sink = io.StringIO(newline="")
     # With a bare "\n" as line end this csv.writer leaves "\r" unquoted, where no reader could tell it from CRLF.
     quoting: Any = csv.QUOTE_ALL if quote_all or ending == "\n" else csv.QUOTE_MINIMAL
@@ -219,13 +226,13 @@ def test_dpr_quotes_are_stripped_from_tsv_text_only(tmp_path: Path) -> None:
         ("\n\n1\ta\tA\n\r\n\n2\tb\tB\n\n\n", ["1", "2"]),
         ('1\tthe 6" gun "x" y\tA\n2\tb\tB\n', ["1", "2"]),
         ("1\ta\tA\tmore\n2\tb\n3\tc\tC\n", ["wrong_field_count", "wrong_field_count", "3"]),
-        ("\ta\tA\n  \ta\tA\n3\t\tC\n4\t \t\n5\t\"\"\"\"\tD\n", ["missing_id", "missing_id", *["missing_text"] * 3]),
+        ('\ta\tA\n  \ta\tA\n3\t\tC\n4\t \t\n5\t""""\tD\n', ["missing_id", "missing_id", *["missing_text"] * 3]),
         ('1\ta\tA\n2\t"never closed\tB\n3\tc\tC\n4\td\tD\n', ["1", "malformed", "3", "4"]),
         ("1\ta\tA\nid\ttext\ttitle\n2\tb\tB\n", ["1", "malformed", "2"]),
         (" \n1\ta\tA\n", ["wrong_field_count", "1"]),
         ("", []),
     ],
-)  # fmt: skip
+)
 def test_rows_and_rejects(tmp_path: Path, body: str, shown: list[str]) -> None:
     assert reasons(read_any_size(put(tmp_path / "t.tsv", "id\ttext\ttitle\n" + body))) == shown
 
@@ -304,9 +311,16 @@ def test_records_longer_than_splits_and_tables_inside_text(tmp_path: Path) -> No
 
 def test_answers_column(tmp_path: Path) -> None:
     cells = {
-        '["a", "b"]': ["a", "b"], "['it''s', \"x\"]": ["its", "x"], "['a\\d']": ["a\\d"], "[1990, 2]": ["1990", "2"],
-        "one": ["one"], "[sic] one": ["[sic] one"], "[broken": ["[broken"], "": None, "[]": [],
-    }  # fmt: skip
+        '["a", "b"]': ["a", "b"],
+        "['it''s', \"x\"]": ["its", "x"],
+        "['a\\d']": ["a\\d"],
+        "[1990, 2]": ["1990", "2"],
+        "one": ["one"],
+        "[sic] one": ["[sic] one"],
+        "[broken": ["[broken"],
+        "": None,
+        "[]": [],
+    }
     body = "".join(f"{i}\tq\t{cell}\n" for i, cell in enumerate(cells))
     items = read_any_size(put(tmp_path / "t.tsv", "id\ttext\tanswers\n" + body + "9\tq\t[[1]]\n10\tq\t[true]\n"))
     assert [i.answers for i in items if isinstance(i, Row)] == list(cells.values())
@@ -354,17 +368,43 @@ def test_clashing_made_ids_are_refused_before_any_work(tmp_path: Path) -> None:
 def test_json_rows_and_rejects(tmp_path: Path) -> None:
     lines: list[bytes] = [
         b'{"id": 1, "text": "a", "title": null, "answers": [2, "x"]}',
-        b'{"id": "2", "text": "b", "more": {}}', b"", b"  ",
-        b"not json", b"[1]", b'{"id": 3}', b'{"text": "x"}', b'{"id": true, "text": "x"}', b'{"id": 4, "text": 5}',
-        b'{"id": 5, "text": "x", "title": ["y"]}', b'{"id": 6, "text": "\\ud800"}', b'{"id": 7, "text": "\xff"}',
-        b'{"id": 8, "text": "x", "answers": {"a": 1}}', b"[" * 100_000, b'{"id": NaN, "text": "x"}',
-        b'{"id": 9, "text": "\\ud83d\\ude00"}', b'{"id": 10, "text": "a"} {"id": 11, "text": "b"}',
-    ]  # fmt: skip
+        b'{"id": "2", "text": "b", "more": {}}',
+        b"",
+        b"  ",
+        b"not json",
+        b"[1]",
+        b'{"id": 3}',
+        b'{"text": "x"}',
+        b'{"id": true, "text": "x"}',
+        b'{"id": 4, "text": 5}',
+        b'{"id": 5, "text": "x", "title": ["y"]}',
+        b'{"id": 6, "text": "\\ud800"}',
+        b'{"id": 7, "text": "\xff"}',
+        b'{"id": 8, "text": "x", "answers": {"a": 1}}',
+        b"[" * 100_000,
+        b'{"id": NaN, "text": "x"}',
+        b'{"id": 9, "text": "\\ud83d\\ude00"}',
+        b'{"id": 10, "text": "a"} {"id": 11, "text": "b"}',
+    ]
     items = read_any_size(put(tmp_path / "t.jsonl", b"\r\n".join(lines)), sizes=(1000, 30_000, 1 << 20))
     assert reasons(items) == [
-        "1", "2", "malformed", "malformed", "missing_text", "missing_id", "malformed", "malformed", "malformed",
-        "malformed", "undecodable", "malformed", "malformed", "malformed", "9", "malformed",
-    ]  # fmt: skip
+        "1",
+        "2",
+        "malformed",
+        "malformed",
+        "missing_text",
+        "missing_id",
+        "malformed",
+        "malformed",
+        "malformed",
+        "malformed",
+        "undecodable",
+        "malformed",
+        "malformed",
+        "malformed",
+        "9",
+        "malformed",
+    ]
     assert isinstance(items[0], Row)
     assert items[0].answers == ["2", "x"]
     assert isinstance(items[14], Row)
@@ -376,8 +416,9 @@ def test_nested_keys(tmp_path: Path) -> None:
     content = first + '{"passage_id": 8, "passage": "x", "metadata": 1}'
     columns = {"id": "passage_id", "text": "passage", "title": "metadata.title"}
     assert read_any_size(put(tmp_path / "t.jsonl", content), columns=columns) == [
-        Row(0, "7", "T", "text", None), Row(len(first), "8", "", "x", None),
-    ]  # fmt: skip
+        Row(0, "7", "T", "text", None),
+        Row(len(first), "8", "", "x", None),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -440,11 +481,16 @@ def parquet(path: Path, columns: dict[str, Any], row_group_size: int = 10) -> Pa
 
 def test_parquet_splits_at_row_groups(tmp_path: Path) -> None:
     numbers = list(range(95))
-    path = parquet(tmp_path / "t.parquet", {
-        "noise": [os.urandom(100) for _ in numbers], "id": numbers, "text": [f"text {n}" for n in numbers],
-        "title": [None if n % 2 else "T" for n in numbers],
-        "answers": [None if n % 3 else ["a", str(n)] for n in numbers],
-    })  # fmt: skip
+    path = parquet(
+        tmp_path / "t.parquet",
+        {
+            "noise": [os.urandom(100) for _ in numbers],
+            "id": numbers,
+            "text": [f"text {n}" for n in numbers],
+            "title": [None if n % 2 else "T" for n in numbers],
+            "answers": [None if n % 3 else ["a", str(n)] for n in numbers],
+        },
+    )
     expected = [Row(n, str(n), "" if n % 2 else "T", f"text {n}", None if n % 3 else ["a", str(n)]) for n in numbers]
     for split_bytes, num_splits in ((1, 10), (1 << 30, 1)):
         options = ReadOptions(split_bytes=split_bytes)

@@ -32,13 +32,13 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 
 
 def test_round_trip_list_and_remove(store: Store) -> None:
-    assert store.list() == []
+    assert store.files() == []
     assert store.folders() == []
     store.put("b.txt", b"two")
     store.put("a.txt", b"one")
     store.child("deep", "er").put("c.txt", b"three")
-    assert store.list() == ["a.txt", "b.txt"]
-    assert store.list("b") == ["b.txt"]
+    assert store.files() == ["a.txt", "b.txt"]
+    assert store.files("b") == ["b.txt"]
     assert store.folders() == ["deep"]
     assert (store.read("a.txt"), store.size("b.txt"), store.exists("c.txt")) == (b"one", 3, False)
     assert store.sha256("a.txt") == hashlib.sha256(b"one").hexdigest()
@@ -46,10 +46,10 @@ def test_round_trip_list_and_remove(store: Store) -> None:
     assert store.read("a.txt") == b"replaced"
     store.remove("a.txt")
     store.remove("a.txt")
-    assert store.list() == ["b.txt"]
+    assert store.files() == ["b.txt"]
     store.remove_all()
     store.remove_all()
-    assert store.list() == []
+    assert store.files() == []
 
 
 def test_put_file_and_local_copy(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +65,9 @@ def test_put_file_and_local_copy(store: Store, tmp_path: Path, monkeypatch: pyte
         store.local("big", "0" * 64)
 
 
-def test_a_damaged_cached_copy_is_fetched_again(s3: tuple[str, Faults], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_cached_copy_is_fetched_again(
+    s3: tuple[str, Faults], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PINAKES_CACHE", str(tmp_path / "cache"))
     store = Store(f"{s3[0]}/{tmp_path.name}")
     store.put("file", b"content")
@@ -129,7 +131,7 @@ def test_transient_s3_errors_are_ridden_out(s3: tuple[str, Faults], tmp_path: Pa
     try:
         for i in range(12):
             store.put(f"{i:02d}", str(i).encode())
-        assert [store.read(name) for name in store.list()] == [str(i).encode() for i in range(12)]
+        assert [store.read(name) for name in store.files()] == [str(i).encode() for i in range(12)]
     finally:
         faults.every = 0
     assert faults.hits > before
@@ -150,7 +152,9 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     """A 1 MiB tmpfs; needs root."""
     folder = tmp_path / "tiny"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, text=True
+    )
     if mounted.returncode:
         pytest.skip(f"cannot mount a small tmpfs: {mounted.stderr.strip()}")
     try:

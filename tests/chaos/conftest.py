@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,29 @@ from tests.chaos.driver import content_of, run, write_config
 from tests.checkpoints import write_sentence_transformer
 
 NUM_ROWS = 1500
-_WORDS = "the cat sat on a mat while war and peace rested in an old library of many rooms near the sea".split()
+_WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "while",
+    "war",
+    "and",
+    "peace",
+    "rested",
+    "in",
+    "an",
+    "old",
+    "library",
+    "of",
+    "many",
+    "rooms",
+    "near",
+    "the",
+    "sea",
+]
 
 
 @dataclass(frozen=True)
@@ -31,12 +52,14 @@ class Undisturbed:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Undisturbed]:
+def undisturbed(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     folder = tmp_path_factory.mktemp("undisturbed")
     rng = random.Random(0)
-    lines = [f"p{i}\t{' '.join(rng.choices(_WORDS, k=rng.randint(3, 40)))} {i}\ttitle {i % 7}\n" for i in range(NUM_ROWS)]
+    lines = [
+        f"p{i}\t{' '.join(rng.choices(_WORDS, k=rng.randint(3, 40)))} {i}\ttitle {i % 7}\n" for i in range(NUM_ROWS)
+    ]
     (folder / "corpus.tsv").write_text("id\ttext\ttitle\n" + "".join(lines))
     write_sentence_transformer(str(folder / "model"))
     plain = Undisturbed(str(folder / "corpus.tsv"), str(folder / "model"), {}, {})
     result = run(plain.config(folder))
-    yield Undisturbed(plain.corpus, plain.checkpoint, result, content_of(folder / "root"))
+    return Undisturbed(plain.corpus, plain.checkpoint, result, content_of(folder / "root"))

@@ -19,8 +19,17 @@ import yaml
 PINAKES = str(Path(sys.executable).with_name("pinakes"))
 STAGES = ("ingest", "cut", "encode", "train", "add", "merge", "passages", "verify", "publish")
 # How long after a stage has started a kill may come: about as long as the stage takes here.
-_WITHIN_SECONDS = {"ingest": 1.5, "cut": 0.8, "encode": 14.0, "train": 4.0, "add": 2.0, "merge": 0.6, "passages": 0.5,
-                   "verify": 4.0, "publish": 0.1}  # fmt: skip
+_WITHIN_SECONDS = {
+    "ingest": 1.5,
+    "cut": 0.8,
+    "encode": 14.0,
+    "train": 4.0,
+    "add": 2.0,
+    "merge": 0.6,
+    "passages": 0.5,
+    "verify": 4.0,
+    "publish": 0.1,
+}
 
 
 def write_config(path: Path, corpus: str, checkpoint: str, root: str, **index: Any) -> str:
@@ -29,9 +38,16 @@ def write_config(path: Path, corpus: str, checkpoint: str, root: str, **index: A
         "root": root,
         "corpus": {"name": "c", "sources": [corpus], "part_size": 64, "split_bytes": 20_000},
         "encoder": {"checkpoint": checkpoint, "compute": "fp32"},
-        "index": {"name": "i", "factory": "IVF16,SQ8", "num_shards": 3, "group_rows": 150, "recall_queries": 20,
-                  "search_params": {"nprobe": 4}, **index},
-    }  # fmt: skip
+        "index": {
+            "name": "i",
+            "factory": "IVF16,SQ8",
+            "num_shards": 3,
+            "group_rows": 150,
+            "recall_queries": 20,
+            "search_params": {"nprobe": 4},
+            **index,
+        },
+    }
     path.write_text(yaml.safe_dump(content))
     return str(path)
 
@@ -48,7 +64,9 @@ def run(config: str, *options: str, check: bool = True, **env: str) -> dict[str,
 
 def run_and_kill(config: str, stage: str, rng: random.Random) -> str:
     """Start `pinakes run`, SIGKILL it at a random moment of `stage`; say when, or that it had finished already."""
-    process = subprocess.Popen([PINAKES, "run", config, "--json"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [PINAKES, "run", config, "--json"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     assert process.stderr is not None
     lines: list[str] = []
     for line in process.stderr:

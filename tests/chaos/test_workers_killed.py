@@ -18,7 +18,9 @@ from tests.chaos.test_driver_killed import check_same
 
 
 def start(config: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([PINAKES, "run", config, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [PINAKES, "run", config, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def encoder_processes() -> list[psutil.Process]:
