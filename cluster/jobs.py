@@ -125,7 +125,7 @@ def inspect(target: str) -> dict[str, Any]:
 
 def serve_until_interrupted(config: Config, progress: Progress) -> None:
     """Serve the config's alias until Ctrl-C or SIGTERM."""
-    with _serving(config) as address:
+    with serving(config) as address:
         progress.say(_how_to_use(address, config))
         _wait_for_signal()
 
@@ -142,7 +142,7 @@ def demo(config: Config, once: bool, progress: Progress) -> None:
             Console().print(evaluation_summary(result["evaluation"]))
         if once:
             config = config.model_copy(update={"serve": config.serve.model_copy(update={"port": _free_port()})})
-        with _serving(config) as address:
+        with serving(config) as address:
             if once:
                 question = "How do I read a Parquet file into a table?"
                 Console(highlight=False).print(search_summary(_ask(address, question)), markup=False)
@@ -152,7 +152,7 @@ def demo(config: Config, once: bool, progress: Progress) -> None:
 
 
 @contextmanager
-def _serving(config: Config) -> Iterator[str]:
+def serving(config: Config) -> Iterator[str]:
     publish.read_alias(config.root, config.index.name)
     with session(config.cluster):
         from cluster import serve

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,6 +38,7 @@ def _connect(config: ClusterConfig) -> None:
     import ray
 
     # Ray's native layer prints errors that are advice to Ray's own developers (ray-project/ray#53727, for one).
+    # RAY_BACKEND_LOG_LEVEL=info brings them back.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False, "ignore_reinit_error": True}
     address = config.address or os.environ.get("RAY_ADDRESS")
@@ -44,14 +46,30 @@ def _connect(config: ClusterConfig) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Ray's new default would blank the accelerator variables of CPU workers and warn about it.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        ray.init(address="local", include_dashboard=False, **options)
+        with _without_stderr():
+            ray.init(address="local", include_dashboard=False, **options)
     else:
         try:
-            ray.init(address=address, **options)
+            with _without_stderr():
+                ray.init(address=address, **options)
         except (ConnectionError, ValueError, RuntimeError) as error:
             hint = "check cluster.address or RAY_ADDRESS, and RAY_AUTH_MODE/RAY_AUTH_TOKEN if the cluster uses tokens"
             raise ConfigError(f"cannot connect to the Ray cluster: {error}", where=address, hint=hint) from error
     _quiet_data_logs()
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Drop what native code prints while Ray connects (it announces its log level); failures are raised anyway."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _quiet_data_logs() -> None:

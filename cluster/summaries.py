@@ -17,9 +17,9 @@ def ingest_summary(result: dict[str, Any]) -> str:
 
 
 def encode_summary(result: dict[str, Any]) -> str:
-    encoder = result["encoder"]
+    encoder, dim = result["encoder"], result["dim"]
     return (
-        f"embeddings of snapshot {result['snapshot']}: {result['num_rows']:,} {result['dim']}-d vectors "
+        f"embeddings of snapshot {result['snapshot']}: {result['num_rows']:,} {dim}-d vectors "
         f"({encoder['storage']}, computed in {encoder['compute']}) by {encoder['checkpoint']} [{encoder['fingerprint']}]"
     )
 

@@ -18,12 +18,15 @@ from tests.chaos.driver import PINAKES
 from tests.checkpoints import write_sentence_transformer
 from tests.s3 import s3_server
 
+# Random weights know no similarity, so questions repeat a text whose title is empty: its own vector must come first.
 ROWS = [
-    {"id": f"p{i}", "title": f"title {i}", "text": f"the cat number {i} sat on mat {i * 7 % 13}"} for i in range(300)
+    {"id": f"p{i}", "title": f"title {i}" if i % 7 == 0 else "", "text": f"the cat number {i} sat on mat {i * 7 % 13}"}
+    for i in range(300)
 ]
 QUESTIONS = [
     {"id": r["id"], "question": r["text"], "answer": [f"cat number {r['id'][1:]}"], "positive": [r["id"]]}
-    for r in ROWS[::10]
+    for r in ROWS[1::10]
+    if not r["title"]
 ]
 
 
@@ -138,10 +141,10 @@ def test_other_factories_on_the_same_embeddings(
 
 def test_search_status_inspect_promote_rollback(job: Job, done: dict[str, Any]) -> None:
     root = str(job.folder / "root")
-    found = pinakes_json("search", ROWS[42]["text"], "--root", root, "-k", "3")
-    assert found["hits"][0]["id"] == "p42"
+    found = pinakes_json("search", ROWS[43]["text"], "--root", root, "-k", "3")
+    assert found["hits"][0]["id"] == "p43"
     assert len(found["hits"]) == 3
-    assert "p42" in pinakes("search", ROWS[42]["text"], "--root", root)
+    assert "p43" in pinakes("search", ROWS[43]["text"], "--root", root)
     other = pinakes_json("index", job.config("g", num_shards=1), "--quiet")["version"]
     assert (
         pinakes_json("status", "--root", root)["aliases"][0]["current"] == done["version"]["version"]
@@ -158,12 +161,15 @@ def test_search_status_inspect_promote_rollback(job: Job, done: dict[str, Any]) 
 
 
 def test_quality_gate_publishes_nothing(job: Job, done: dict[str, Any]) -> None:
-    config = job.config("q", factory="IVF32,SQ8", search_params={"nprobe": 1}, min_recall=1.0, name="gated")
+    before = pinakes_json("status", "--root", str(job.folder / "root"))
+    config = job.config("q", factory="IVF32,SQ8", search_params={"nprobe": 1}, min_recall=1.0)
     told = pinakes("index", config, "--quiet", code=7)
     assert "recall@10 is" in told
     assert "index.min_recall" in told
-    assert pinakes_json("status", "--root", str(job.folder / "root"))["aliases"][0]["name"] == "cats"
-    assert "gated" not in [a["name"] for a in pinakes_json("status", "--root", str(job.folder / "root"))["aliases"]]
+    after = pinakes_json("status", "--root", str(job.folder / "root"))
+    finished = [v["version"] for v in after["versions"] if v["state"] == "finished"]
+    assert finished == [v["version"] for v in before["versions"] if v["state"] == "finished"]
+    assert after["aliases"] == before["aliases"]
 
 
 def test_bad_input_is_explained_with_its_exit_code(job: Job, done: dict[str, Any]) -> None:
@@ -219,4 +225,4 @@ def test_the_whole_job_on_s3(job: Job, done: dict[str, Any]) -> None:
         assert faults.hits
         local, remote = done["version"]["files"], result["version"]["files"]
         assert {n: f["sha256"] for n, f in local.items()} == {n: f["sha256"] for n, f in remote.items()}
-        assert pinakes_json("search", ROWS[42]["text"], "--root", f"{url}/root")["hits"][0]["id"] == "p42"
+        assert pinakes_json("search", ROWS[43]["text"], "--root", f"{url}/root")["hits"][0]["id"] == "p43"

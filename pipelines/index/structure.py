@@ -1,0 +1,59 @@
+"""How a FAISS index is put together: the layers that wrap one another, from the outside in."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+
+def use_threads(num_threads: int | None) -> None:
+    """Make FAISS use `num_threads` on the calling thread (None: every core this process may run on).
+
+    FAISS keeps the number per calling thread (an OpenMP rule), so every heavy function sets it anew.
+    """
+    import faiss
+
+    faiss.omp_set_num_threads(num_threads or len(os.sched_getaffinity(0)))
+
+
+def layers(index: Any) -> list[Any]:
+    """Return the index and what it wraps, outermost first, for example [IndexIDMap, IndexPreTransform, IndexFlat].
+
+    Below a refining index only the base is followed. The inner objects belong to `index`: keep it alive.
+    """
+    import faiss
+
+    found = [index]
+    while True:
+        top = found[-1]
+        if isinstance(top, faiss.IndexIDMap | faiss.IndexPreTransform):
+            found.append(faiss.downcast_index(top.index))
+        elif isinstance(top, faiss.IndexRefine):
+            found.append(faiss.downcast_index(top.base_index))
+        else:
+            return found
+
+
+def ivf_of(index: Any) -> Any | None:
+    """Return the inverted file that keeps the ids of `index`, or None when an id map does."""
+    import faiss
+
+    found = layers(index)
+    fronts = all(isinstance(layer, faiss.IndexPreTransform) for layer in found[:-1])
+    return found[-1] if fronts and isinstance(found[-1], faiss.IndexIVF) else None
+
+
+def transforms(index: Any) -> list[Any]:
+    """Return the vector transforms (PCA, OPQ, …) in front of `index`, in order."""
+    import faiss
+
+    chains = [layer.chain for layer in layers(index) if isinstance(layer, faiss.IndexPreTransform)]
+    return [faiss.downcast_VectorTransform(chain.at(i)) for chain in chains for i in range(chain.size())]
+
+
+def nsg_of(index: Any) -> Any | None:
+    """Return the NSG graph of `index`, or None."""
+    import faiss
+
+    leaf = layers(index)[-1]
+    return leaf if isinstance(leaf, faiss.IndexNSG) else None

@@ -1,0 +1,57 @@
+"""What the benchmarks share: the real data, child processes, and how results are printed and kept."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+RESULTS = Path(__file__).resolve().parent / "results"
+PINAKES = str(Path(sys.executable).with_name("pinakes"))
+
+
+def need_data() -> Path:
+    """Return the folder of real passages and questions, or end with a word of why nothing is measured."""
+    if not DATA.is_dir():
+        print(f"nothing measured: the real data is not here ({DATA}); it is not part of the repository")
+        sys.exit(0)
+    return DATA
+
+
+def write_wiki(target: Path, num_rows: int, copies: int = 1) -> str:
+    """Write the first `num_rows` wiki passages as TSV, `copies` times under new ids."""
+    with target.open("wb") as out:
+        for copy in range(copies):
+            with gzip.open(need_data() / "wiki" / "psgs_w100.tsv.gz", "rb") as lines:
+                header = next(lines)
+                out.write(header if copy == 0 else b"")
+                for number, line in enumerate(lines):
+                    if number == num_rows:
+                        break
+                    out.write(line if copy == 0 else b"%d-" % copy + line)
+    return str(target)
+
+
+def pinakes(*arguments: str) -> dict[str, Any]:
+    """Run the command and return its JSON result; its progress goes to the screen."""
+    done = subprocess.run([PINAKES, *arguments, "--json"], stdout=subprocess.PIPE, text=True, check=True)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def keep(name: str, results: dict[str, Any]) -> None:
+    """Write the results, with machine and versions, to tests/bench/results/."""
+    from pipelines.manifest import package_versions
+
+    with open("/proc/cpuinfo") as lines:
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    machine = {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version()}
+    RESULTS.mkdir(exist_ok=True)
+    content = {"machine": machine, "packages": package_versions(), **results}
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
