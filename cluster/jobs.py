@@ -141,7 +141,7 @@ def demo(config: Config, once: bool, progress: Progress) -> None:
         if result["evaluation"]:
             Console().print(evaluation_summary(result["evaluation"]))
         if once:
-            config = config.model_copy(update={"serve": config.serve.model_copy(update={"port": _free_port()})})
+            config = config.model_copy(update={"serve": config.serve.model_copy(update={"port": free_port()})})
         with serving(config) as address:
             if once:
                 question = "How do I read a Parquet file into a table?"
@@ -207,9 +207,8 @@ def _encode(config: Config, spec: EncoderSpec, snapshot: dict[str, Any], progres
 
 
 def _index(config: Config, spec: EncoderSpec, progress: Progress) -> dict[str, Any]:
-    from pipelines.index.spec import parse_spec
-
     from cluster.index import build_version
+    from pipelines.index.spec import parse_spec
 
     metric = "ip" if config.index.metric == "auto" else config.index.metric
     parse_spec(config.index.factory, spec.dim, metric)  # an impossible factory is refused before hours of encoding
@@ -290,7 +289,7 @@ def _content_facts(store: Store, name: str, sha256: str) -> dict[str, Any]:
         raise ArtifactError(f"the file does not open: {error}", where=store.path(name), hint=hint) from error
 
 
-def _free_port() -> int:
+def free_port() -> int:
     import socket
 
     with socket.socket() as probe:

@@ -9,18 +9,19 @@ placement "together" maps all shards in every gateway and searches them on threa
 shard a deployment of its own, searched in parallel; both merge with the same function.
 """
 
-from __future__ import annotations
+# Serve copies the Gateway class when it is decorated: what it uses stands above it, and types are real objects (no
+# `from __future__ import annotations` here).
 
 import asyncio
 import logging
 import time
+import urllib.request
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
-from pipelines.index.search import merge_topk
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from starlette.exceptions import HTTPException
@@ -28,6 +29,7 @@ from starlette.exceptions import HTTPException
 from pipelines import publish
 from pipelines.config import ServeConfig
 from pipelines.errors import ArtifactError, ConfigError, InputError, PinakesError
+from pipelines.index.search import merge_topk
 from pipelines.models.base import CrossEncoder
 from pipelines.rerank import rerank
 from pipelines.retrieve import LocalShard, Retriever, check_k
@@ -37,6 +39,7 @@ APPLICATION = "pinakes"
 _PAGE = Path(__file__).with_name("search_page.html")
 _SHARD_CPUS = 0.2
 _BATCH_WAIT_SECONDS = 0.002
+_HEALTH_SECONDS = 30.0
 _log = logging.getLogger("ray.serve")
 
 Text = Annotated[str, Field(min_length=1)]
@@ -127,6 +130,17 @@ async def _invalid(request: Request, error: RequestValidationError) -> Response:
 @api.exception_handler(HTTPException)
 async def _http(request: Request, error: HTTPException) -> Response:
     return _problem(error.status_code, "The request failed", str(error.detail))
+
+
+class _Elsewhere:
+    """Stands where a local shard would be; the gateway searches the shard deployments instead."""
+
+    def search(self, queries_BD: Any, k: int) -> Any:
+        raise PinakesError("the shards of this version are deployments of their own")
+
+
+def _hit_model(hit: Hit) -> HitModel:
+    return HitModel(row=hit.row, score=hit.score, rerank_score=hit.rerank_score, **hit.passage.as_dict())
 
 
 @serve.deployment
@@ -270,17 +284,6 @@ class Gateway:
         return await asyncio.to_thread(retriever.search_vectors, emb_BD, k)
 
 
-class _Elsewhere:
-    """Stands where a local shard would be; the gateway searches the shard deployments instead."""
-
-    def search(self, queries_BD: Any, k: int) -> Any:
-        raise PinakesError("the shards of this version are deployments of their own")
-
-
-def _hit_model(hit: Hit) -> HitModel:
-    return HitModel(row=hit.row, score=hit.score, rerank_score=hit.rerank_score, **hit.passage.as_dict())
-
-
 def application(root: str, aliases: list[str], config: ServeConfig) -> Any:
     """Return the Serve application for these aliases. Raises ArtifactError for one that does not exist."""
     versions = {alias: publish.read_version(root, alias) for alias in aliases}
@@ -321,7 +324,19 @@ def start(root: str, aliases: list[str], config: ServeConfig) -> str:
     except (RuntimeError, ray.exceptions.RayError) as error:
         hint = "the deployment's log holds the cause; `pinakes status` checks the versions"
         raise PinakesError(f"the application did not start: {error}", hint=hint) from error
-    return f"http://{config.host}:{config.port}"
+    address = f"http://{'127.0.0.1' if config.host == '0.0.0.0' else config.host}:{config.port}"
+    _check_answers(address)
+    return address
+
+
+def _check_answers(address: str) -> None:
+    """Raise ConfigError when nothing of ours answers at `address`."""
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=_HEALTH_SECONDS):
+            return
+    except OSError as error:
+        hint = "Ray Serve keeps the port it was first started with: use that one (serve.port), or shut Serve down first"
+        raise ConfigError(f"the application is up but does not answer: {error}", where=address, hint=hint) from error
 
 
 def stop() -> None:

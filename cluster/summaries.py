@@ -19,8 +19,8 @@ def ingest_summary(result: dict[str, Any]) -> str:
 def encode_summary(result: dict[str, Any]) -> str:
     encoder, dim = result["encoder"], result["dim"]
     return (
-        f"embeddings of snapshot {result['snapshot']}: {result['num_rows']:,} {dim}-d vectors "
-        f"({encoder['storage']}, computed in {encoder['compute']}) by {encoder['checkpoint']} [{encoder['fingerprint']}]"
+        f"snapshot {result['snapshot']}: {result['num_rows']:,} {dim}-d vectors "
+        f"({encoder['storage']}, from {encoder['compute']}) by {encoder['checkpoint']} [{encoder['fingerprint']}]"
     )
 
 

@@ -1,26 +1,257 @@
-"""interim"""
+"""Search an index, merge the answers of shards, and search exactly. A higher score is always better."""
+
 from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
-def search(index, queries_BD, k, params, num_threads=1):
+from pipelines.errors import ArtifactError, ConfigError, InputError
+from pipelines.index.spec import Metric
+from pipelines.index.structure import layers, nsg_of, use_threads
+
+Array = npt.NDArray[Any]
+Hits = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
+
+_NO_ROW = -1
+_LAST_ROW = np.iinfo(np.int64).max
+_SCORES_AT_ONCE = 2**24  # 64 MB of fp32 scores
+_ROWS_AT_ONCE = 16_384
+_nsg_lock = threading.Lock()
+
+
+def search(
+    index: Any, queries_BD: Array, k: int, params: Mapping[str, float] | None = None, num_threads: int | None = None
+) -> Hits:
+    """Return (score_BK fp32, row_BK int64), best first, ties by smaller row; row -1, score -inf where hits run out.
+
+    queries_BD: (B, D) fp16 or fp32. The score is the inner product or the negative squared distance. params: search
+    parameters such as {"nprobe": 16}, for this call alone, so that threads may search one index with different ones.
+    Raises ConfigError for an unknown parameter or k < 1, ArtifactError for queries of another width.
+    """
     import faiss
-    faiss.omp_set_num_threads(num_threads)
-    ps = faiss.ParameterSpace()
-    for key, value in (params or {}).items():
-        ps.set_index_parameter(index, key, value)
-    s, r = index.search(np.ascontiguousarray(queries_BD, np.float32), k)
-    return (s if index.metric_type == faiss.METRIC_INNER_PRODUCT else -s), r
 
-def merge_topk(parts, k):
-    s = np.concatenate([p[0] for p in parts], 1); r = np.concatenate([p[1] for p in parts], 1)
-    s = np.where(r < 0, -np.inf, s)
-    o = np.lexsort((r, -s), axis=1)[:, :k]
-    return np.take_along_axis(s, o, 1), np.take_along_axis(r, o, 1)
+    use_threads(num_threads)
+    queries = _checked_queries(queries_BD, index.d)
+    values = check_params(index, params or {})
+    _check_k(k)
+    depth = min(k, index.ntotal)  # a graph asked for more than it holds may never return
+    if not depth or not len(queries):
+        return _padded(np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64), k)
+    graph = nsg_of(index)
+    if graph is not None:
+        distance_BK, row_BK = _search_nsg(index, graph, queries, depth, values)
+    else:
+        distance_BK, row_BK = index.search(queries, depth, params=_parameters(index, values))
+    score_BK = distance_BK if faiss.is_similarity_metric(index.metric_type) else -distance_BK
+    return merge_topk([(score_BK, row_BK)], k)
 
-def exact_topk(queries_BD, blocks, k, metric, num_threads=1):
-    best = None
-    for v, rows in blocks:
-        s = queries_BD @ v.T if metric == "ip" else -((queries_BD[:, None] - v[None]) ** 2).sum(-1)
-        r = np.broadcast_to(rows, s.shape)
-        best = merge_topk([(s, r)] if best is None else [best, (s, r)], k)
+
+def merge_topk(parts: Sequence[Hits], k: int) -> Hits:
+    """Merge the (score_BK, row_BK) of shards into the best k, ties by smaller row; rows of -1 are ignored.
+
+    The order of the parts does not matter. Raises ConfigError for no parts or k < 1, ArtifactError when the parts
+    answer different numbers of queries.
+    """
+    _check_k(k)
+    if not parts:
+        raise ConfigError("there are no results to merge", where="merge_topk", expected="one part or more")
+    if len({len(rows) for _, rows in parts} | {len(scores) for scores, _ in parts}) > 1:
+        raise ArtifactError("shards answered different numbers of queries", where="merge_topk")
+    score = np.concatenate([np.asarray(s, np.float32) for s, _ in parts], axis=1)
+    row = np.concatenate([np.asarray(r, np.int64) for _, r in parts], axis=1)
+    score, row = np.where(row < 0, -np.inf, score), np.where(row < 0, _LAST_ROW, row)
+    best = np.lexsort((row, -score), axis=1)[:, :k]
+    score, row = np.take_along_axis(score, best, axis=1), np.take_along_axis(row, best, axis=1)
+    return _padded(score, np.where(row == _LAST_ROW, _NO_ROW, row), k)
+
+
+def exact_topk(
+    queries_BD: Array, blocks: Iterable[tuple[Array, Array]], k: int, metric: Metric, num_threads: int | None = None
+) -> Hits:
+    """Return the exact (score_BK, row_BK) over blocks of (vectors (N, D) fp16 or fp32, rows (N,)), best first.
+
+    Reads the blocks once; memory is bounded by one block and 64 MB of scores. Results of different blocks, or
+    machines, merge with `merge_topk`. Raises ArtifactError when widths differ.
+    """
+    import faiss
+
+    use_threads(num_threads)
+    _check_k(k)
+    queries = np.ascontiguousarray(queries_BD, dtype=np.float32)
+    # The queries as a linear map: FAISS's matrix product obeys num_threads, NumPy's cannot be told.
+    product = faiss.LinearTransform(queries.shape[1], len(queries), False)
+    faiss.copy_array_to_vector(queries.ravel(), product.A)
+    product.is_trained = True
+    best = _padded(np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64), k)
+    step = max(1, min(_ROWS_AT_ONCE, _SCORES_AT_ONCE // max(1, len(queries))))
+    for vectors_ND, rows_N in blocks:
+        if vectors_ND.shape[1:] != queries.shape[1:] or len(rows_N) != len(vectors_ND):
+            raise ArtifactError(f"a block has shape {vectors_ND.shape} and {len(rows_N)} rows", where="exact search",
+                                expected=f"vectors of width {queries.shape[1]}, one row each")  # fmt: skip
+        for start in range(0, len(rows_N) if len(queries) else 0, step):
+            vectors = np.ascontiguousarray(vectors_ND[start : start + step], dtype=np.float32)
+            score_BN = product.apply(vectors).T
+            if metric == "l2":
+                score_BN = _negative_distance(score_BN, queries, vectors)
+            best = _keep_best(best, score_BN, np.asarray(rows_N[start : start + step], np.int64), k)
     return best
+
+
+def parameter_names(index: Any) -> list[str]:
+    """Return the names that `search` takes in `params` for this type of index."""
+    import faiss
+
+    names = []
+    for layer in layers(index):
+        if isinstance(layer, faiss.IndexRefine):
+            names += ["k_factor"]
+        elif isinstance(layer, faiss.IndexIVF):
+            names += ["nprobe", "max_codes"]
+            names += ["quantizer_efSearch"] if _hnsw_quantizer(layer) is not None else []
+        elif isinstance(layer, faiss.IndexHNSW):
+            names += ["efSearch"]
+        elif isinstance(layer, faiss.IndexNSG):
+            names += ["search_L"]
+    return names
+
+
+def check_params(index: Any, params: Mapping[str, float]) -> dict[str, float]:
+    """Return `params` when `index` takes them all. Raises ConfigError naming the valid names or the valid range."""
+    names = parameter_names(index)
+    expected = ", ".join(names) or "no parameters: this type has none"
+    for name, value in params.items():
+        if name not in names:
+            close = get_close_matches(name, names, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"unknown search parameter {name!r}", where="search params", expected=expected, hint=hint)
+        _check_value(name, value)
+    return dict(params)
+
+
+def _check_value(name: str, value: Any) -> None:
+    kinds, least = (int | float if name == "k_factor" else int), (0 if name == "max_codes" else 1)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < 2**31:
+        kind = "a number" if name == "k_factor" else "a whole number"
+        raise ConfigError(f"{name} is {value!r}", where="search params", expected=f"{kind} of at least {least}")
+
+
+def _parameters(index: Any, values: Mapping[str, float]) -> Any:
+    """Return the FAISS SearchParameters for `values`, nested as the index is; None where nothing is set.
+
+    Creating the object resets what is not named to FAISS's defaults, so the index's own settings are copied over.
+    """
+    import faiss
+
+    if not values:
+        return None
+    if isinstance(index, faiss.IndexIDMap):
+        return _parameters(faiss.downcast_index(index.index), values)
+    if isinstance(index, faiss.IndexPreTransform):
+        return faiss.SearchParametersPreTransform(index_params=_parameters(faiss.downcast_index(index.index), values))
+    if isinstance(index, faiss.IndexRefine):
+        below = {name: value for name, value in values.items() if name != "k_factor"}
+        base = _parameters(faiss.downcast_index(index.base_index), below)
+        return faiss.IndexRefineSearchParameters(
+            k_factor=float(values.get("k_factor", index.k_factor)), base_index_params=base
+        )
+    if isinstance(index, faiss.IndexIVF):
+        return _ivf_parameters(index, values)
+    return _hnsw_parameters(index.hnsw, values.get("efSearch", index.hnsw.efSearch))
+
+
+def _ivf_parameters(index: Any, values: Mapping[str, float]) -> Any:
+    import faiss
+
+    parameters = faiss.SearchParametersIVF(
+        nprobe=int(values.get("nprobe", index.nprobe)), max_codes=int(values.get("max_codes", index.max_codes))
+    )
+    if "quantizer_efSearch" in values:
+        parameters.quantizer_params = _hnsw_parameters(_hnsw_quantizer(index).hnsw, values["quantizer_efSearch"])
+    return parameters
+
+
+def _hnsw_parameters(hnsw: Any, ef_search: float) -> Any:
+    import faiss
+
+    return faiss.SearchParametersHNSW(
+        efSearch=int(ef_search),
+        check_relative_distance=hnsw.check_relative_distance,
+        bounded_queue=hnsw.search_bounded_queue,
+    )
+
+
+def _hnsw_quantizer(ivf: Any) -> Any:
+    import faiss
+
+    quantizer = faiss.downcast_index(ivf.quantizer)
+    return quantizer if isinstance(quantizer, faiss.IndexHNSW) else None
+
+
+def _search_nsg(index: Any, graph: Any, queries: Array, k: int, values: Mapping[str, float]) -> tuple[Array, Array]:
+    """Search an NSG index, which takes no parameters by call: one search at a time, its setting put back."""
+    if not graph.is_built:
+        raise ArtifactError("the NSG graph is not built", where="search", hint="call finish(index) after the last add")
+    with _nsg_lock:
+        usual = graph.nsg.search_L
+        graph.nsg.search_L = int(values.get("search_L", usual))
+        try:
+            distance_BK, row_BK = index.search(queries, k)
+        finally:
+            graph.nsg.search_L = usual
+    return distance_BK, row_BK
+
+
+def _negative_distance(product_BN: Array, queries: Array, vectors: Array) -> Array:
+    """Return -|q - v|^2 = 2 q.v - |q|^2 - |v|^2, at most 0 whatever the rounding."""
+    query_norm_B = np.einsum("bd,bd->b", queries, queries)
+    vector_norm_N = np.einsum("nd,nd->n", vectors, vectors)
+    return np.minimum(2 * product_BN - query_norm_B[:, None] - vector_norm_N[None, :], 0)
+
+
+def _keep_best(best: Hits, score_BN: Array, rows_N: Array, k: int) -> Hits:
+    """Merge a block's scores into the best so far; only scores that can still matter are sorted.
+
+    A score matters when it reaches the k-th best known, ties included: the smaller row wins those.
+    """
+    floor_B = best[0][:, -1]
+    if len(rows_N) > k:
+        floor_B = np.maximum(floor_B, np.partition(score_BN, len(rows_N) - k, axis=1)[:, len(rows_N) - k])
+    query_C, column_C = np.nonzero(score_BN >= floor_B[:, None])
+    order = np.lexsort((rows_N[column_C], -score_BN[query_C, column_C], query_C))
+    query_C, column_C = query_C[order], column_C[order]
+    # Each query's candidates stand together, best first: their place within the query is their rank.
+    rank_C = np.arange(len(query_C)) - np.searchsorted(query_C, query_C)
+    query_C, column_C, rank_C = (array[rank_C < k] for array in (query_C, column_C, rank_C))
+    score_BK, row_BK = np.full_like(best[0], -np.inf), np.full_like(best[1], _NO_ROW)
+    score_BK[query_C, rank_C], row_BK[query_C, rank_C] = score_BN[query_C, column_C], rows_N[column_C]
+    return merge_topk([best, (score_BK, row_BK)], k)
+
+
+def _checked_queries(queries_BD: Array, dim: int) -> npt.NDArray[np.float32]:
+    if queries_BD.ndim != 2:
+        raise InputError(f"queries have shape {queries_BD.shape}", where="search", expected=f"(B, {dim})")
+    if queries_BD.shape[1] != dim:
+        what = f"query vectors have width {queries_BD.shape[1]}, the index {dim}: another encoder built it"
+        raise ArtifactError(what, where="search", hint="search with the encoder bound to the version")
+    queries = np.ascontiguousarray(queries_BD, dtype=np.float32)
+    if not np.isfinite(queries).all():
+        raise InputError("a query vector is not finite", where="search", hint="check the query encoder and its dtype")
+    return queries
+
+
+def _check_k(k: int) -> None:
+    if k < 1:
+        raise ConfigError(f"k is {k}", where="search", expected="1 or more")
+
+
+def _padded(score_BK: Array, row_BK: Array, k: int) -> Hits:
+    short = ((0, 0), (0, k - row_BK.shape[1]))
+    return (
+        np.pad(score_BK, short, constant_values=-np.inf).astype(np.float32, copy=False),
+        np.pad(row_BK, short, constant_values=_NO_ROW),
+    )

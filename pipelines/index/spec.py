@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any, Literal, get_args
 
 from pipelines.errors import ConfigError
-from pipelines.index.structure import ivf_of, layers, nsg_of, transforms
+from pipelines.index.structure import codebooks, ivf_of, layers, nsg_of, transforms
 
 Metric = Literal["ip", "l2"]
 
@@ -22,7 +22,7 @@ _OPQ_CENTROIDS = 256  # OPQ is trained through an 8-bit product quantizer
 _ID_BYTES = 8
 
 # Exact class names: subclasses such as IndexIVFFlatPanorama and IndexIVFPQR merge wrongly or abort.
-_MERGEABLE = frozenset(
+MERGEABLE_TYPES = frozenset(
     f"Index{name}"
     for name in ("Flat", "FlatIP", "FlatL2", "ScalarQuantizer", "PQ", "PQFastScan", "RaBitQ", "RaBitQFastScan",
                  "IVFFlat", "IVFScalarQuantizer", "IVFPQ", "IVFPQFastScan", "IVFRaBitQ", "IVFRaBitQFastScan")
@@ -98,9 +98,9 @@ def parse_spec(factory: str, dim: int, metric: Metric) -> IndexSpec:
     spec = IndexSpec(_without_id_map(factory.strip()), dim, metric)
     reason = _refusal(spec)
     if reason:
-        nearest = suggest(spec)
-        raise ConfigError(f"{factory!r} is no index for {dim}-wide vectors under {metric}: {reason}", where="index.factory",
-                          expected="a FAISS factory string", hint="try " + ", ".join(nearest))  # fmt: skip
+        what = f"{factory!r} is no index for {dim}-wide vectors under {metric}: {reason}"
+        hint = "try " + "; ".join(repr(other) for other in suggest(spec))
+        raise ConfigError(what, where="index.factory", expected="a FAISS factory string", hint=hint)
     return spec
 
 
@@ -126,7 +126,8 @@ def suggest(spec: IndexSpec, most: int = 3) -> list[str]:
     """Return up to `most` valid strings near `spec.factory`: its PQ and OPQ sizes changed, or else common types."""
     found: list[str] = []
     for number in dict.fromkeys(re.findall(r"O?PQ(\d+)", spec.factory)):
-        sizes = sorted(range(1, spec.dim + 1), key=lambda size, near=int(number): abs(math.log(size / max(near, 1))))
+        near = math.log(max(int(number), 1))
+        sizes = [size for _, size in sorted((abs(math.log(size) - near), size) for size in range(1, spec.dim + 1))]
         # A size divides the width or the transform's output, so that divisors of neither need not be tried.
         widths = [spec.dim, *map(int, re.findall(r"(?:PCAR?|PCAWR?|RR|OPQ\d+_)(\d+)", spec.factory))]
         for size in (s for s in sizes if any(width % s == 0 for width in widths)):
@@ -140,8 +141,9 @@ def suggest(spec: IndexSpec, most: int = 3) -> list[str]:
 def _without_id_map(factory: str) -> str:
     bare = re.sub(r"^(IDMap2?,)+", "", factory)
     if bare != factory and "IVF" in bare:
-        raise ConfigError(f"{factory!r} puts an id map over an inverted file", where="index.factory", expected=repr(bare),
-                          hint="merging such shards returns wrong ids; an inverted file keeps the ids itself")  # fmt: skip
+        what = f"{factory!r} puts an id map over an inverted file: merging such shards returns wrong ids"
+        hint = f"use {bare!r}: an inverted file keeps the ids itself"
+        raise ConfigError(what, where="index.factory", hint=hint)
     return bare
 
 
@@ -156,6 +158,10 @@ def _refusal(spec: IndexSpec) -> str:
     except (RuntimeError, MemoryError, OverflowError) as error:
         # "Error in <function> at <file>:<line>: Error: '<condition>' failed: <reason>"
         return re.split(r"' failed:?\s*|\.cpp:\d+:\s*", str(error).strip())[-1] or str(error).strip()
+    if any(isinstance(layer, faiss.IndexIVF) and layer.nlist < 1 for layer in layers(index)):
+        return "an inverted file needs one list or more"
+    if any(isinstance(t, faiss.PCAMatrix) and t.d_out > t.d_in for t in transforms(index)):
+        return "a PCA cannot widen vectors"
     if nsg_of(index) is not None and not isinstance(layers(index)[-2], faiss.IndexIDMap):
         return "NSG must stand alone, without a transform or a refinement"
     return ""
@@ -172,7 +178,7 @@ def _facts(spec: IndexSpec) -> _Facts:
     refines = any(isinstance(layer, faiss.IndexRefine) for layer in found)
     return _Facts(
         needs_training=not index.is_trained,
-        mergeable=type(found[-1]).__name__ in _MERGEABLE and not refines,
+        mergeable=type(found[-1]).__name__ in MERGEABLE_TYPES and not refines,
         most_centroids=centroids,
         min_train_rows=0 if index.is_trained else max([1, centroids, *outputs]),
         bytes_per_vector=_bytes_per_vector(index),
@@ -184,19 +190,7 @@ def _centroids(index: Any) -> Iterator[int]:
     import faiss
 
     yield from (_OPQ_CENTROIDS for t in transforms(index) if isinstance(t, faiss.OPQMatrix))
-    for layer in layers(index):
-        if isinstance(layer, faiss.IndexRefine):
-            yield from _centroids(faiss.downcast_index(layer.refine_index))
-        if isinstance(layer, faiss.IndexIVF) and not layer.quantizer.is_trained:
-            yield from _centroids(faiss.downcast_index(layer.quantizer))
-        if isinstance(layer, faiss.IndexIVF) and not isinstance(layer.quantizer, faiss.MultiIndexQuantizer):
-            yield layer.nlist
-        if isinstance(layer, faiss.IndexHNSW | faiss.IndexNSG):
-            yield from _centroids(faiss.downcast_index(layer.storage))
-        if hasattr(layer, "pq"):
-            yield layer.pq.ksub
-        for quantizer in (getattr(layer, name) for name in ("rq", "lsq", "prq", "plsq", "aq") if hasattr(layer, name)):
-            yield from (2**bits for bits in faiss.vector_to_array(quantizer.nbits).tolist())
+    yield from (size for _, size in codebooks(index))
 
 
 def _bytes_per_vector(index: Any) -> int:

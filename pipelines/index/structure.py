@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -57,3 +58,26 @@ def nsg_of(index: Any) -> Any | None:
 
     leaf = layers(index)[-1]
     return leaf if isinstance(leaf, faiss.IndexNSG) else None
+
+
+def codebooks(index: Any) -> Iterator[tuple[Any, int]]:
+    """Yield (ClusteringParameters or None, number of centroids) of every codebook that training `index` makes."""
+    import faiss
+
+    for layer in layers(index):
+        if isinstance(layer, faiss.IndexRefine):
+            yield from codebooks(faiss.downcast_index(layer.refine_index))
+        if isinstance(layer, faiss.IndexHNSW | faiss.IndexNSG):
+            yield from codebooks(faiss.downcast_index(layer.storage))
+        if isinstance(layer, faiss.IndexIVF):
+            quantizer = faiss.downcast_index(layer.quantizer)
+            if not quantizer.is_trained:
+                yield from codebooks(quantizer)
+            is_multi = isinstance(quantizer, faiss.MultiIndexQuantizer)
+            yield layer.cp, 0 if is_multi else layer.nlist
+        if hasattr(layer, "pq"):
+            yield layer.pq.cp, layer.pq.ksub
+        for name in ("rq", "lsq", "prq", "plsq"):
+            if hasattr(layer, name):
+                quantizer = getattr(layer, name)
+                yield getattr(quantizer, "cp", None), 2 ** max(faiss.vector_to_array(quantizer.nbits).tolist())

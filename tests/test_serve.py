@@ -1,0 +1,185 @@
+"""The served API on a real Ray Serve: same results as offline, sharded or not, reranked, and clear refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import jobs
+from cluster.progress import Progress
+from pipelines.config import Config, load_config
+from pipelines.models.cross_encoder import load_cross_encoder
+from pipelines.rerank import rerank
+from pipelines.retrieve import Retriever
+from tests.chaos.driver import PINAKES
+from tests.checkpoints import write_cross_encoder
+from tests.test_pipeline import ROWS, Job
+
+QUERIES = [r["text"] for r in ROWS[3:40:5]]
+
+
+def call(address: str, path: str, body: Any = None, method: str | None = None) -> tuple[int, Any, str]:
+    """Return (status, decoded body, content type)."""
+    data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(address + path, data, {"Content-Type": "application/json"}, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            content, kind = response.read(), response.headers["Content-Type"]
+            return response.status, json.loads(content) if "json" in kind else content.decode(), kind
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read()), error.headers["Content-Type"]
+
+
+class Served:
+    """Two indexes over the same corpus, one unsharded and one of three shards, and their roots."""
+
+    def __init__(self, folder: Path) -> None:
+        self.job = Job(folder)
+        self.port = jobs.free_port()  # Serve keeps the port it was started with
+        write_cross_encoder(str(folder / "reranker"))
+        self.whole = load_config(self.job.config("whole", num_shards=1))
+        self.sharded = load_config(self.job.config("sharded", num_shards=3, metric="l2", factory="SQfp16"))
+        self.root = self.whole.root
+        for config in (self.whole, self.sharded):
+            jobs.index(
+                config.model_copy(update={"index": config.index.model_copy(update={"name": self.name(config)})}),
+                Progress(True),
+            )
+
+    @staticmethod
+    def name(config: Config) -> str:
+        return f"cats{config.index.num_shards}"
+
+    def serving(self, config: Config, **serve: Any) -> Any:
+        index = config.index.model_copy(update={"name": self.name(config)})
+        settings = {"port": self.port, "max_batch": 50, "max_query_chars": 500, "max_k": 200, **serve}
+        update = {"index": index, "serve": config.serve.model_copy(update=settings)}
+        return jobs.serving(config.model_copy(update=update))
+
+
+@pytest.fixture(scope="module")
+def served(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    import ray
+
+    ray.init(address=ray_cluster, log_to_driver=False)
+    yield Served(tmp_path_factory.mktemp("served"))
+    from ray import serve
+
+    serve.shutdown()
+
+
+@pytest.fixture(scope="module")
+def address(served: Served) -> Iterator[str]:
+    with served.serving(served.whole, reranker=str(served.job.folder / "reranker"), rerank_depth=20) as address:
+        yield address
+
+
+def test_one_query_a_batch_and_offline_agree(served: Served, address: str) -> None:
+    offline = Retriever.open(served.root, "cats1").search(QUERIES, 7)
+    status, batch, _ = call(address, "/search", {"queries": QUERIES, "k": 7})
+    assert status == 200
+    for query, hits, found in zip(QUERIES, offline, batch["results"], strict=True):
+        assert [h["row"] for h in found] == [h.row for h in hits]
+        _, single, _ = call(address, "/search", {"query": query, "k": 7})
+        assert [h["id"] for h in single["hits"]] == [h.passage.id for h in hits]
+        assert [h["score"] for h in single["hits"]] == pytest.approx([h.score for h in hits], abs=1e-5)
+        assert set(single["took_ms"]) >= {"encode", "search", "fetch", "total"}
+
+
+def test_concurrent_callers_get_their_own_answers(address: str) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda q: call(address, "/search", {"query": q, "k": 1})[1], QUERIES * 8))
+    expected = {q: call(address, "/search", {"query": q, "k": 1})[1]["hits"][0]["id"] for q in QUERIES}
+    assert [a["hits"][0]["id"] for a in answers] == [expected[q] for q in QUERIES * 8]
+
+
+def test_rerank_through_http_equals_rerank_offline(served: Served, address: str) -> None:
+    model = load_cross_encoder(str(served.job.folder / "reranker"), "fp32", "cpu")
+    hits = Retriever.open(served.root, "cats1").search(QUERIES[:1], 20)[0]
+    expected = rerank(model, QUERIES[0], hits)[:5]
+    _, answer, _ = call(address, "/search", {"query": QUERIES[0], "k": 5, "rerank": True})
+    assert [h["id"] for h in answer["hits"]] == [h.passage.id for h in expected]
+    assert [h["rerank_score"] for h in answer["hits"]] == pytest.approx([h.rerank_score for h in expected], abs=1e-4)
+
+
+def test_passages_health_ready_docs_and_page(address: str) -> None:
+    assert call(address, "/passages/p43")[1]["text"] == ROWS[43]["text"]
+    assert call(address, "/health")[1] == {"status": "ok"}
+    ready = call(address, "/ready")[1]
+    assert ready["ready"] is True
+    assert ready["reranker"] is True
+    assert ready["aliases"]["cats1"]["num_rows"] == 300
+    assert {"/search", "/passages/{passage_id}", "/health", "/ready"} <= set(call(address, "/openapi.json")[1]["paths"])
+    status, page, kind = call(address, "/")
+    assert (status, kind.partition(";")[0]) == (200, "text/html")
+    assert "<form" in page
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({"query": "x", "k": 301}, 422, "at most 200"),
+        ({"query": "x", "k": 0}, 422, "k:"),
+        ({}, 422, "either `query` or `queries`"),
+        ({"query": "x", "queries": ["y"]}, 422, "exactly one"),
+        ({"query": " "}, 422, "blank"),
+        ({"queries": []}, 422, "queries"),
+        ({"query": "x", "kk": 3}, 422, "kk"),
+        ({"query": "x" * 501}, 422, "501 characters"),
+        ({"queries": ["x"] * 51}, 422, "51 queries"),
+        ({"query": "x", "alias": "dogs"}, 404, "no alias 'dogs'"),
+        (b"{", 422, "JSON"),
+    ],
+)
+def test_bad_requests_are_explained(address: str, body: Any, status: int, message: str) -> None:
+    found, problem, kind = call(address, "/search", body)
+    assert (found, kind) == (status, "application/problem+json")
+    assert problem["status"] == status
+    assert message in problem["detail"]
+
+
+def test_unknown_passages_and_paths_are_404(address: str) -> None:
+    for path in ("/passages/nope", "/passages/..%2F..%2Fetc%2Fpasswd", "/nowhere"):
+        status, problem, _ = call(address, path)
+        assert (status, problem["status"]) == (404, 404)
+
+
+@pytest.mark.parametrize("placement", ["together", "spread"])
+def test_sharded_search_equals_unsharded(served: Served, placement: str) -> None:
+    """Three L2 shards against one inner-product index of the same unit vectors: the same passages in the same order."""
+    expected = Retriever.open(served.root, "cats1").search(QUERIES, 5)
+    with served.serving(served.sharded, placement=placement) as address:
+        _, answer, _ = call(address, "/search", {"queries": QUERIES, "k": 5})
+        status, problem, _ = call(address, "/search", {"query": "x", "rerank": True})
+    for found, hits in zip(answer["results"], expected, strict=True):
+        # |a - b|² = 2 - 2 a·b for unit vectors, so negative distances and inner products rank alike.
+        assert [h["score"] for h in found] == pytest.approx([2 * h.score - 2 for h in hits], abs=2e-2)
+        assert found[0]["id"] == hits[0].passage.id
+    assert (status, "no reranker" in problem["detail"]) == (422, True)
+
+
+def test_serve_command_stops_on_ctrl_c(served: Served, ray_cluster: str) -> None:
+    config = served.job.config("whole", num_shards=1)
+    port = str(jobs.free_port())
+    process = subprocess.Popen(
+        [PINAKES, "serve", config, "--set", "index.name=cats1", "--set", f"serve.port={port}"],
+        stderr=subprocess.PIPE, text=True, env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
+    )  # fmt: skip
+    assert process.stderr is not None
+    lines = iter(process.stderr.readline, "")
+    assert any("curl -s" in line for line in lines), "the server never said that it serves"
+    assert call(f"http://127.0.0.1:{port}", "/search", {"query": QUERIES[0]})[0] == 200
+    process.send_signal(signal.SIGINT)
+    told = process.communicate()[1]
+    assert process.returncode == 0, told
+    assert "Traceback" not in told
