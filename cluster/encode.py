@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cluster.pools import IO_CPUS, encoder_pool, run_tasks
+from cluster.pools import encode_resources, run_tasks
 from cluster.progress import Progress, Stage
 from pipelines import corpus, embeddings
 from pipelines.config import ClusterConfig
@@ -83,7 +83,7 @@ def _encode_missing(
     found: dict[int, Receipt] = {}
     for attempt in range(_ROUNDS):
         missing = [part for i, part in enumerate(parts) if i not in found]
-        for position, receipt in run_tasks(_find_task, missing, store, spec, num_cpus=IO_CPUS):
+        for position, receipt in run_tasks(_find_task, missing, store, spec):
             if receipt is not None:
                 part = _number(missing[position])
                 found[part] = receipt
@@ -115,22 +115,15 @@ def _stream(
 
     import ray
 
-    pool, resources = encoder_pool(cluster, len(missing))
+    use = encode_resources(cluster, len(missing))
     items = [{"part": json.dumps(part)} for part in missing]
-    threads = max(1, int(resources["num_cpus"]))
-    device = "cuda" if resources.get("num_gpus") else "cpu"
+    one_part = {"batch_size": 1, "batch_format": "pyarrow"}
+    actor_arguments = (spec, use.device, use.threads)
     dataset = (
         ray.data.from_items(items, override_num_blocks=len(items))
-        .map_batches(_tokenise, fn_args=(passages, spec), batch_size=1, batch_format="pyarrow", num_cpus=IO_CPUS)
-        .map_batches(
-            _EncoderActor,
-            fn_constructor_args=(spec, device, threads),
-            compute=pool,
-            batch_size=1,
-            batch_format="pyarrow",
-            **resources,
-        )
-        .map_batches(_write, fn_args=(store, spec), batch_size=1, batch_format="pyarrow", num_cpus=IO_CPUS)
+        .map_batches(_tokenise, fn_args=(passages, spec), compute=use.helpers, **one_part, **use.helper)
+        .map_batches(_EncoderActor, fn_constructor_args=actor_arguments, compute=use.actors, **one_part, **use.actor)
+        .map_batches(_write, fn_args=(store, spec), compute=use.helpers, **one_part, **use.helper)
     )
     for row in dataset.iter_rows():
         yield {"part": row["part"], "receipt": json.loads(row["receipt"])}

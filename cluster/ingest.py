@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from cluster.pools import run_task, run_tasks
@@ -39,7 +40,7 @@ def _stage(staging: Store, plan: IngestPlan, stage: Stage) -> list[Staged]:
     """Stage every split, then again those whose guess of a record boundary turned out wrong, until all agree."""
     staged: dict[int, Staged] = {}
 
-    def read(start_at: dict[int, int | None]) -> dict[int, tuple[int, int]]:
+    def read(start_at: Mapping[int, int | None]) -> dict[int, tuple[int, int]]:
         items = [(plan.splits[index], start) for index, start in start_at.items()]
         for position, result in run_tasks(_stage_task, items, staging, plan):
             if (index := items[position][0].index) not in staged:

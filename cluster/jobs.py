@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from cluster.progress import Progress
-from cluster.session import session
+from cluster.session import result_stream, session
 from pipelines import publish
 from pipelines.config import Config
 from pipelines.encode import EncoderSpec, resolve
@@ -139,13 +139,15 @@ def demo(config: Config, once: bool, progress: Progress) -> None:
     with session(config.cluster):
         result = run(config, progress)
         if result["evaluation"]:
-            Console().print(evaluation_summary(result["evaluation"]))
+            Console(file=result_stream()).print(evaluation_summary(result["evaluation"]))
         if once:
             config = config.model_copy(update={"serve": config.serve.model_copy(update={"port": free_port()})})
         with serving(config) as address:
             if once:
                 question = "How do I read a Parquet file into a table?"
-                Console(highlight=False).print(search_summary(_ask(address, question)), markup=False)
+                Console(file=result_stream(), highlight=False).print(
+                    search_summary(_ask(address, question)), markup=False
+                )
                 return
             progress.say(_how_to_use(address, config))
             _wait_for_signal()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pipelines.config import ClusterConfig
 
-IO_CPUS = 0.1
-"""Reading, tokenising and writing run beside the encoders on the sliver of a core that those leave."""
+_CPU_HELPER_CPUS = 0.1  # tokenising and writing run on the sliver of a core that a CPU encoder leaves
+_GPU_HELPER_CPUS = 0.5  # a GPU takes as many tokens as a core or two can tokenise
 
 _RETRIES = 4
 _WINDOW_PER_CPU = 4
@@ -65,20 +66,39 @@ def largest_node_cpus() -> int:
     return max(1, *(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]))
 
 
-def encoder_pool(config: ClusterConfig, num_parts: int) -> tuple[Any, dict[str, Any]]:
-    """Return Ray Data's (actor pool strategy, resources of one actor) for `num_parts` parts of encoding."""
-    import ray
-    from ray.data import ActorPoolStrategy
+@dataclass(frozen=True)
+class EncodeResources:
+    """How encoding is laid out: Ray Data's strategies and the resources of one actor or task of each stage."""
 
+    actors: Any
+    actor: dict[str, Any]
+    helpers: Any
+    helper: dict[str, Any]
+    device: str
+    threads: int
+
+
+def encode_resources(config: ClusterConfig, num_parts: int) -> EncodeResources:
+    """Settle the encoder pool for `num_parts` parts, and the tasks that read and write beside it."""
+    import ray
+    from ray.data import ActorPoolStrategy, TaskPoolStrategy
+
+    actor: dict[str, Any] = {"num_cpus": config.cpus_per_worker}
     if config.gpus_per_worker:
-        resources: dict[str, Any] = {"num_gpus": config.gpus_per_worker, "num_cpus": config.cpus_per_worker}
+        actor["num_gpus"] = config.gpus_per_worker
         fits = int(ray.cluster_resources().get("GPU", 0) / config.gpus_per_worker)
     else:
-        resources = {"num_cpus": config.cpus_per_worker}
         fits = int(cluster_cpus() / max(1.0, config.cpus_per_worker))
     low, high = config.worker_range() or (max(1, fits), max(1, fits))
     high = max(1, min(high, num_parts))
     low = min(low, high)
-    if low == high:
-        return ActorPoolStrategy(size=high), resources
-    return ActorPoolStrategy(min_size=low, max_size=high, initial_size=min(high, max(low, fits))), resources
+    start = min(high, max(low, fits))
+    pool = (
+        ActorPoolStrategy(size=high)
+        if low == high
+        else ActorPoolStrategy(min_size=low, max_size=high, initial_size=start)
+    )
+    # As many tokenisers and writers as encoders are plenty: without a bound Ray starts a process for every idle sliver.
+    helper = {"num_cpus": _GPU_HELPER_CPUS if config.gpus_per_worker else _CPU_HELPER_CPUS}
+    device, threads = ("cuda" if config.gpus_per_worker else "cpu"), max(1, int(config.cpus_per_worker))
+    return EncodeResources(pool, actor, TaskPoolStrategy(size=high), helper, device, threads)

@@ -38,6 +38,7 @@ from pipelines.schema import Hit
 APPLICATION = "pinakes"
 _PAGE = Path(__file__).with_name("search_page.html")
 _SHARD_CPUS = 0.2
+_GATEWAY_CPUS = 0.5
 _BATCH_WAIT_SECONDS = 0.002
 _HEALTH_SECONDS = 30.0
 _log = logging.getLogger("ray.serve")
@@ -143,7 +144,7 @@ def _hit_model(hit: Hit) -> HitModel:
     return HitModel(row=hit.row, score=hit.score, rerank_score=hit.rerank_score, **hit.passage.as_dict())
 
 
-@serve.deployment
+@serve.deployment(max_ongoing_requests=64, ray_actor_options={"num_cpus": _SHARD_CPUS})
 class Shard:
     """One shard of a version, for placement "spread"."""
 
@@ -154,7 +155,7 @@ class Shard:
         return await asyncio.to_thread(self.shard.search, queries_BD, k)
 
 
-@serve.deployment
+@serve.deployment(max_ongoing_requests=16, ray_actor_options={"num_cpus": _SHARD_CPUS})
 class Reranker:
     """The cross-encoder."""
 
@@ -168,7 +169,7 @@ class Reranker:
         return await asyncio.to_thread(rerank, self.model, query, hits)
 
 
-@serve.deployment
+@serve.deployment(max_ongoing_requests=256, ray_actor_options={"num_cpus": _GATEWAY_CPUS})
 @serve.ingress(api)
 class Gateway:
     """Answer requests: encode queries in batches, search all shards, merge, fetch, rerank."""
@@ -245,7 +246,7 @@ class Gateway:
         m = retriever.manifest
         return SearchResponse(
             alias=alias, version=m["version"], encoder=m["encoder"]["checkpoint"], took_ms=took, **answer
-        )  # type: ignore[arg-type]
+        )
 
     @api.get("/passages/{passage_id:path}", response_model_exclude_none=True)
     async def passage(self, passage_id: str, alias: str | None = None) -> PassageModel:
@@ -288,22 +289,14 @@ def application(root: str, aliases: list[str], config: ServeConfig) -> Any:
     """Return the Serve application for these aliases. Raises ArtifactError for one that does not exist."""
     versions = {alias: publish.read_version(root, alias) for alias in aliases}
     shards: dict[str, list[Any]] = {}
+    shard: Any = Shard
     if config.placement == "spread":
         for alias, manifest in versions.items():
             shards[alias] = [
-                Shard.options(
-                    name=f"shard-{alias}-{n}", max_ongoing_requests=64, ray_actor_options={"num_cpus": _SHARD_CPUS}
-                ).bind(root, manifest, n)
-                for n in range(manifest["num_shards"])
+                shard.options(name=f"shard-{alias}-{n}").bind(root, manifest, n) for n in range(manifest["num_shards"])
             ]
-    reranker = (
-        Reranker.options(max_ongoing_requests=16, ray_actor_options={"num_cpus": _SHARD_CPUS}).bind(config.reranker)
-        if config.reranker
-        else None
-    )
-    gateway = Gateway.options(
-        num_replicas=config.replicas, max_ongoing_requests=256, ray_actor_options={"num_cpus": 0.5}
-    )
+    reranker = Reranker.bind(config.reranker) if config.reranker else None  # type: ignore[attr-defined]
+    gateway = Gateway.options(num_replicas=config.replicas)  # type: ignore[attr-defined]
     return gateway.bind(root, versions, config.model_dump(), shards, reranker)
 
 

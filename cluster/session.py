@@ -6,30 +6,67 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from pipelines.config import ClusterConfig
 from pipelines.errors import ConfigError, PinakesError
+
+_results: TextIO | None = None
 
 
 @contextmanager
 def session(config: ClusterConfig) -> Iterator[None]:
     """Hold a connection to the cluster of `config` (or RAY_ADDRESS); without either, a local cluster that ends with us.
 
-    Errors raised by our own code inside a worker come out as themselves, not wrapped in Ray's.
+    Errors raised by our own code inside a worker come out as themselves, not wrapped in Ray's. An inner session joins
+    the outer one.
     """
     import ray
 
-    ours = not ray.is_initialized()
-    if ours:
+    if ray.is_initialized():
+        with _our_errors():
+            yield
+        return
+    with _results_kept_apart():
         _connect(config)
+        try:
+            with _our_errors():
+                yield
+        finally:
+            ray.shutdown()
+
+
+def result_stream() -> TextIO:
+    """Return the stream that results go to: stdout, also while a session keeps Ray's own messages off it."""
+    return _results or sys.stdout
+
+
+@contextmanager
+def _our_errors() -> Iterator[None]:
+    import ray
+
     try:
         yield
     except ray.exceptions.RayError as error:
         raise _unwrap(error) from error
+
+
+@contextmanager
+def _results_kept_apart() -> Iterator[None]:
+    """Send what Ray prints to stdout (warnings of its daemons, for one) to stderr: stdout belongs to results."""
+    global _results
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    _results = os.fdopen(kept, "w", encoding="utf-8", closefd=False)
+    try:
+        yield
     finally:
-        if ours:
-            ray.shutdown()
+        _results.close()
+        _results = None
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _connect(config: ClusterConfig) -> None:

@@ -25,7 +25,7 @@ from pipelines.config import IndexConfig
 from pipelines.errors import ArtifactError
 from pipelines.index.build import add, clone_empty, merge, quantizer_digest, read, train, write
 from pipelines.index.search import exact_topk
-from pipelines.index.spec import IndexSpec, parse_spec
+from pipelines.index.spec import IndexSpec, Metric, parse_spec
 from pipelines.manifest import Receipt, ensure, find_done, fingerprint, put_done
 from pipelines.schema import FORMAT_VERSION, PASSAGE
 from pipelines.storage import Store, temporary_file
@@ -67,7 +67,7 @@ class BuildPlan:
     config: IndexConfig
     embeddings: dict[str, Any]
     snapshot: dict[str, Any]
-    metric: str
+    metric: Metric
     shards: tuple[ShardPlan, ...]
     num_threads: int
 
@@ -89,7 +89,7 @@ class BuildPlan:
 
     @property
     def spec(self) -> IndexSpec:
-        return parse_spec(self.config.factory, self.dim, self.metric)  # type: ignore[arg-type]
+        return parse_spec(self.config.factory, self.dim, self.metric)
 
     @property
     def store(self) -> Store:
@@ -115,10 +115,10 @@ def plan_build(
     root: str, config: IndexConfig, snapshot: dict[str, Any], embedded: dict[str, Any], num_threads: int
 ) -> BuildPlan:
     """Settle the metric and cut the rows into shards and groups. Raises ConfigError for an impossible factory."""
-    metric = "ip" if config.metric == "auto" else config.metric
+    metric: Metric = "ip" if config.metric == "auto" else config.metric
     num_rows = int(embedded["num_rows"])
     num_shards = config.num_shards or -(-num_rows // config.max_shard_rows)
-    mergeable = parse_spec(config.factory, int(embedded["dim"]), metric).mergeable  # type: ignore[arg-type]
+    mergeable = parse_spec(config.factory, int(embedded["dim"]), metric).mergeable
     shards = []
     for number, rows in enumerate(_cut(Rows(0, num_rows), min(num_shards, num_rows))):
         num_groups = -(-len(rows) // config.group_rows) if mergeable else 1
@@ -234,7 +234,7 @@ def iter_rows(plan: BuildPlan, rows: Rows) -> Iterator[tuple[Array, Array]]:
 
 def exact_in(plan: BuildPlan, rows: Rows, queries_BD: Array, k: int) -> tuple[Array, Array]:
     """Return the exact (score_BK, row_BK) of the queries among `rows`, by brute force over the embeddings."""
-    return exact_topk(queries_BD, iter_rows(plan, rows), k, plan.metric, num_threads=1)  # type: ignore[arg-type]
+    return exact_topk(queries_BD, iter_rows(plan, rows), k, plan.metric, num_threads=1)
 
 
 def sample_sentences(plan: BuildPlan, num: int) -> list[str]:

@@ -24,13 +24,13 @@ class CorpusConfig(Strict):
     """Paths, globs or URLs (local, s3://, https://); with `format: pydocs`, names of installed packages."""
     format: Literal["auto", "tsv", "csv", "jsonl", "parquet", "pydocs"] = "auto"
     columns: dict[Literal["id", "title", "text", "answers"], str] = {}
-    part_size: int = Field(16_384, ge=1)
+    part_size: int = Field(default=16_384, ge=1)
     """Passages in a part, the unit of work and of resume."""
-    split_bytes: int = Field(64 << 20, ge=1)
+    split_bytes: int = Field(default=64 << 20, ge=1)
     """Bytes of one parallel read of a big text file."""
-    max_row_bytes: int = Field(1 << 20, ge=64)
+    max_row_bytes: int = Field(default=1 << 20, ge=64)
     """A longer row goes to quarantine (often it is an unclosed quote)."""
-    max_quarantined_share: float = Field(0.01, ge=0, le=1)
+    max_quarantined_share: float = Field(default=0.01, ge=0, le=1)
     """The run fails when a larger share of the rows is quarantined."""
 
 
@@ -43,8 +43,8 @@ class EncoderConfig(Strict):
     compute: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the forward pass; auto is bf16 where the hardware has it, else fp32."""
     storage: Literal["fp16", "fp32"] = "fp16"
-    max_length: int | None = Field(None, ge=2)
-    token_budget: int = Field(2048, ge=1)
+    max_length: int | None = Field(default=None, ge=2)
+    token_budget: int = Field(default=2048, ge=1)
     """Padded tokens in a micro-batch."""
 
 
@@ -55,40 +55,40 @@ class IndexConfig(Strict):
     factory: str = "Flat"
     metric: Literal["auto", "ip", "l2"] = "auto"
     """auto: inner product (cosine encoders give unit vectors, so it ranks them by cosine)."""
-    num_shards: int | None = Field(None, ge=1)
+    num_shards: int | None = Field(default=None, ge=1)
     """Shards asked for; without it, as many as keep `max_shard_rows`."""
-    max_shard_rows: int = Field(4_000_000, ge=1)
-    group_rows: int = Field(262_144, ge=1)
+    max_shard_rows: int = Field(default=4_000_000, ge=1)
+    group_rows: int = Field(default=262_144, ge=1)
     """Rows that one add task puts into its piece of a mergeable index."""
-    train_rows: int | None = Field(None, ge=1)
+    train_rows: int | None = Field(default=None, ge=1)
     """Size of the training sample; by default what the factory needs."""
     seed: int = 0
     search_params: dict[str, int | float] = {}
     """FAISS search parameters of the version, such as nprobe or efSearch."""
-    min_recall: float | None = Field(None, ge=0, le=1)
+    min_recall: float | None = Field(default=None, ge=0, le=1)
     """Refuse to publish below this recall@10 against exact search."""
-    recall_queries: int = Field(200, ge=1)
+    recall_queries: int = Field(default=200, ge=1)
 
 
 class EvaluateConfig(Strict):
     questions: str | None = None
-    k: list[int] = Field([1, 5, 20, 100], min_length=1)
+    k: list[int] = Field(default=[1, 5, 20, 100], min_length=1)
     positive_prefix: bool = False
     """Count passages `name#2`, `name#3` … as the gold passage `name` (a document cut into passages)."""
 
 
 class ServeConfig(Strict):
     host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
-    replicas: int = Field(1, ge=1)
+    port: int = Field(default=8000, ge=0, le=65535)
+    replicas: int = Field(default=1, ge=1)
     placement: Literal["together", "spread"] = "together"
     """together: every replica maps all shards; spread: a deployment for each shard."""
-    max_k: int = Field(1000, ge=1)
-    max_batch: int = Field(256, ge=1)
-    max_query_chars: int = Field(10_000, ge=1)
+    max_k: int = Field(default=1000, ge=1)
+    max_batch: int = Field(default=256, ge=1)
+    max_query_chars: int = Field(default=10_000, ge=1)
     reranker: str | None = None
     """Directory, URL or hub name of a cross-encoder; enables `rerank: true`."""
-    rerank_depth: int = Field(50, ge=1)
+    rerank_depth: int = Field(default=50, ge=1)
 
 
 class ClusterConfig(Strict):
@@ -96,8 +96,8 @@ class ClusterConfig(Strict):
     """An existing cluster (`auto`, host:port, ray://…); without it RAY_ADDRESS, else a cluster on this machine."""
     workers: int | tuple[int, int] | None = None
     """Encoder actors: a number, or [min, max]; without it one for each core or GPU."""
-    gpus_per_worker: float = Field(0, ge=0)
-    cpus_per_worker: float = Field(0.85, gt=0)
+    gpus_per_worker: float = Field(default=0, ge=0)
+    cpus_per_worker: float = Field(default=0.85, gt=0)
     """Just under one core by default, so that readers and writers find room beside one worker a core."""
 
     @model_validator(mode="after")

@@ -103,6 +103,7 @@ class Store:
 
     def sha256(self, name: str) -> str:
         """Return the hex sha256 of `name`, streamed."""
+        handle: Any
         with self.open(name) as handle:
             return str(self._try("read", name, lambda: hashlib.file_digest(handle, "sha256").hexdigest()))
 

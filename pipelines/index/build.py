@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from pipelines.errors import ArtifactError, ConfigError, InputError, PinakesError, StorageError
 from pipelines.index.spec import MERGEABLE_TYPES, IndexSpec, new_index
-from pipelines.index.structure import codebooks, ivf_of, layers, nsg_of, transforms, use_threads
+from pipelines.index.structure import codebooks, ivf_of, layers, nsg_of, trained_parts, transforms, use_threads
 
 Array = npt.NDArray[Any]
 _ROWS_AT_ONCE = 16_384
@@ -51,7 +51,7 @@ def train(spec: IndexSpec, sample_ND: Array, seed: int = 0, num_threads: int | N
 def add(index: Any, vectors_ND: Array, rows_N: npt.NDArray[np.int64], num_threads: int | None = None) -> None:
     """Add vectors (N, D), fp16 or fp32, under their global rows (N,) int64, a bounded chunk at a time.
 
-    The same calls in the same order give the same index, whatever the number of threads. An NSG graph is built from
+    The same calls in the same order give the same index; with PCA or OPQ, for the same number of threads. An NSG graph is built from
     all its rows at once: `finish`, or `write`, does that. Raises InputError for rows that do not match the vectors and
     values that are not finite, ArtifactError for an untrained or a memory-mapped index and another width.
     """
@@ -64,7 +64,7 @@ def add(index: Any, vectors_ND: Array, rows_N: npt.NDArray[np.int64], num_thread
         what = f"{rows.shape} rows for {len(vectors_ND)} vectors, or a negative one"
         raise InputError(what, where="add", expected="one row >= 0 for each vector")
     nsg = nsg_of(index)
-    if nsg is not None and nsg.is_built:
+    if nsg is not None and nsg.nsg.is_built:
         raise ArtifactError(
             "an NSG graph takes no more rows once built", where="add", hint="build it anew from all rows"
         )
@@ -80,7 +80,7 @@ def add(index: Any, vectors_ND: Array, rows_N: npt.NDArray[np.int64], num_thread
 def finish(index: Any) -> None:
     """Build what can only be built from all rows: the graph of an NSG index. Does nothing for other types."""
     nsg = nsg_of(index)
-    if nsg is None or nsg.is_built or not nsg.storage.ntotal:
+    if nsg is None or nsg.nsg.is_built or not nsg.storage.ntotal:
         return
     vectors = nsg.storage.reconstruct_n(0, nsg.storage.ntotal)
     nsg.storage.reset()
@@ -256,6 +256,10 @@ def _configure_training(index: Any, seed: int) -> None:
     for parameters in (p for p, _ in codebooks(index) if p is not None):
         parameters.seed = seed
         parameters.min_points_per_centroid = 1
+    for part in trained_parts(index):
+        # Polysemous codes take most of a product quantizer's training time, for a Hamming filter that is not used here.
+        if hasattr(part, "do_polysemous_training"):
+            part.do_polysemous_training = False
     for transform in transforms(index):
         if isinstance(transform, faiss.OPQMatrix):
             _give_quantizer(transform, seed)

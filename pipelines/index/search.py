@@ -194,11 +194,12 @@ def _hnsw_quantizer(ivf: Any) -> Any:
 
 def _search_nsg(index: Any, graph: Any, queries: Array, k: int, values: Mapping[str, float]) -> tuple[Array, Array]:
     """Search an NSG index, which takes no parameters by call: one search at a time, its setting put back."""
-    if not graph.is_built:
+    if not graph.nsg.is_built:
         raise ArtifactError("the NSG graph is not built", where="search", hint="call finish(index) after the last add")
     with _nsg_lock:
         usual = graph.nsg.search_L
-        graph.nsg.search_L = int(values.get("search_L", usual))
+        # A pool larger than the graph is never filled, and the search never ends.
+        graph.nsg.search_L = min(int(values.get("search_L", usual)), graph.ntotal)
         try:
             distance_BK, row_BK = index.search(queries, k)
         finally:

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any, Literal, get_args
 
 from pipelines.errors import ConfigError
-from pipelines.index.structure import codebooks, ivf_of, layers, nsg_of, transforms
+from pipelines.index.structure import codebooks, ivf_of, layers, nsg_of, trained_parts, transforms
 
 Metric = Literal["ip", "l2"]
 
@@ -114,6 +114,9 @@ def new_index(spec: IndexSpec) -> Any:
 
     metric = {"ip": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2}[spec.metric]
     bare = faiss.index_factory(spec.dim, spec.factory, metric)
+    graph = nsg_of(bare)
+    if graph is not None:
+        graph.nsg.enterpoint = 0  # FAISS leaves it undefined until the graph is built, and so the file's bytes too
     if ivf_of(bare) is not None:
         return bare
     wrapped = faiss.IndexIDMap(bare)
@@ -174,6 +177,8 @@ def _facts(spec: IndexSpec) -> _Facts:
     index = new_index(spec)
     found = layers(index)
     outputs = [t.d_out for t in transforms(index) if not t.is_trained]
+    # Residual quantizers fit a full PCA first.
+    outputs += [part.d for part in trained_parts(index) if hasattr(part, "rq") or hasattr(part, "prq")]
     centroids = max(_centroids(index), default=0)
     refines = any(isinstance(layer, faiss.IndexRefine) for layer in found)
     return _Facts(

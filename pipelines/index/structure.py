@@ -53,31 +53,38 @@ def transforms(index: Any) -> list[Any]:
 
 
 def nsg_of(index: Any) -> Any | None:
-    """Return the NSG graph of `index`, or None."""
+    """Return the NSG index inside `index`, or None. Its `nsg.is_built` holds; `is_built` is lost in files."""
     import faiss
 
     leaf = layers(index)[-1]
     return leaf if isinstance(leaf, faiss.IndexNSG) else None
 
 
+def trained_parts(index: Any) -> Iterator[Any]:
+    """Yield every index that training `index` trains: its layers and their storages, refinements and quantizers."""
+    import faiss
+
+    for layer in layers(index):
+        yield layer
+        if isinstance(layer, faiss.IndexRefine):
+            yield from trained_parts(faiss.downcast_index(layer.refine_index))
+        if isinstance(layer, faiss.IndexHNSW | faiss.IndexNSG):
+            yield from trained_parts(faiss.downcast_index(layer.storage))
+        if isinstance(layer, faiss.IndexIVF) and not layer.quantizer.is_trained:
+            yield from trained_parts(faiss.downcast_index(layer.quantizer))
+
+
 def codebooks(index: Any) -> Iterator[tuple[Any, int]]:
     """Yield (ClusteringParameters or None, number of centroids) of every codebook that training `index` makes."""
     import faiss
 
-    for layer in layers(index):
-        if isinstance(layer, faiss.IndexRefine):
-            yield from codebooks(faiss.downcast_index(layer.refine_index))
-        if isinstance(layer, faiss.IndexHNSW | faiss.IndexNSG):
-            yield from codebooks(faiss.downcast_index(layer.storage))
-        if isinstance(layer, faiss.IndexIVF):
-            quantizer = faiss.downcast_index(layer.quantizer)
-            if not quantizer.is_trained:
-                yield from codebooks(quantizer)
-            is_multi = isinstance(quantizer, faiss.MultiIndexQuantizer)
-            yield layer.cp, 0 if is_multi else layer.nlist
-        if hasattr(layer, "pq"):
-            yield layer.pq.cp, layer.pq.ksub
+    for part in trained_parts(index):
+        if isinstance(part, faiss.IndexIVF):
+            is_multi = isinstance(faiss.downcast_index(part.quantizer), faiss.MultiIndexQuantizer)
+            yield part.cp, 0 if is_multi else part.nlist
+        if hasattr(part, "pq"):
+            yield part.pq.cp, part.pq.ksub
         for name in ("rq", "lsq", "prq", "plsq"):
-            if hasattr(layer, name):
-                quantizer = getattr(layer, name)
+            if hasattr(part, name):
+                quantizer = getattr(part, name)
                 yield getattr(quantizer, "cp", None), 2 ** max(faiss.vector_to_array(quantizer.nbits).tolist())

@@ -9,7 +9,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -77,14 +76,13 @@ def run_and_kill(config: str, stage: str, rng: random.Random) -> str:
         code = process.wait()
         assert code == 0, f"the driver failed by itself with {code}:\n{''.join(lines)}"
         return f"{stage}: nothing left to do"
-    threading.Thread(target=process.stderr.read, daemon=True).start()  # so that it never blocks on a full pipe
     delay = rng.random() * _WITHIN_SECONDS[stage]
     try:
-        code = process.wait(delay)
-        return f"{stage}: finished before the kill ({code})"
+        process.communicate(timeout=delay)
+        return f"{stage}: finished before the kill ({process.returncode})"
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.communicate()
         return f"{stage}: killed after {delay:.2f} s"
 
 
