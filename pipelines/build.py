@@ -23,7 +23,7 @@ import pyarrow as pa
 from pipelines import corpus, embeddings
 from pipelines.config import IndexConfig
 from pipelines.errors import ArtifactError
-from pipelines.index.build import add, clone_empty, merge, quantizer_digest, read, train, write
+from pipelines.index.build import add, clone_empty, finish, merge, quantizer_digest, read, train, write
 from pipelines.index.search import exact_topk
 from pipelines.index.spec import IndexSpec, Metric, parse_spec
 from pipelines.manifest import Receipt, ensure, find_done, fingerprint, put_done
@@ -273,6 +273,7 @@ def _shard_facts(rows: Rows, trained: Receipt) -> dict[str, Any]:
 
 
 def _put_index(store: Store, name: str, index: Any, made_from: str, facts: dict[str, Any]) -> Receipt:
+    finish(index)
     if facts.get("num_rows", index.ntotal) != index.ntotal:
         raise ArtifactError(
             f"{name} holds {index.ntotal} vectors",

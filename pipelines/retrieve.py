@@ -106,10 +106,11 @@ class Retriever:
         num_threads: int | None = None,
     ) -> None:
         self.manifest = manifest
-        self.spec = bound_encoder(manifest)
-        self.encoder = Encoder(self.spec, "query", "cpu", num_threads)
+        # The files first: a damaged one is found before seconds are spent on loading a model.
         self.shards = shards or [LocalShard(root, manifest, n) for n in range(manifest["num_shards"])]
         self.passages = Passages(root, manifest)
+        self.spec = bound_encoder(manifest)
+        self.encoder = Encoder(self.spec, "query", "cpu", num_threads)
         self._threads = ThreadPoolExecutor(max(1, len(self.shards)), thread_name_prefix="shard")
 
     @classmethod

@@ -5,7 +5,6 @@ Every file opens with plain `faiss.read_index`, and its searches return global r
 
 from __future__ import annotations
 
-import hashlib
 import os
 import weakref
 from typing import Any
@@ -14,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.errors import ArtifactError, ConfigError, InputError, PinakesError, StorageError
-from pipelines.index.spec import MERGEABLE_TYPES, IndexSpec, new_index
-from pipelines.index.structure import codebooks, ivf_of, layers, nsg_of, trained_parts, transforms, use_threads
+from pipelines.index.identity import describe, is_mergeable, quantizer_digest
+from pipelines.index.spec import IndexSpec, new_index
+from pipelines.index.structure import codebooks, ivf_of, nsg_of, trained_parts, transforms, use_threads
 
 Array = npt.NDArray[Any]
 _ROWS_AT_ONCE = 16_384
@@ -51,9 +51,10 @@ def train(spec: IndexSpec, sample_ND: Array, seed: int = 0, num_threads: int | N
 def add(index: Any, vectors_ND: Array, rows_N: npt.NDArray[np.int64], num_threads: int | None = None) -> None:
     """Add vectors (N, D), fp16 or fp32, under their global rows (N,) int64, a bounded chunk at a time.
 
-    The same calls in the same order give the same index; with PCA or OPQ, for the same number of threads. An NSG graph is built from
-    all its rows at once: `finish`, or `write`, does that. Raises InputError for rows that do not match the vectors and
-    values that are not finite, ArtifactError for an untrained or a memory-mapped index and another width.
+    The same calls in the same order give the same index; with PCA or OPQ, for the same number of threads. An NSG
+    graph is built from all its rows at once: `finish`, or `write`, does that. Raises InputError for rows that do not
+    match the vectors and values that are not finite, ArtifactError for an untrained or a memory-mapped index and
+    another width.
     """
     use_threads(num_threads)
     _check_writable(index)
@@ -116,34 +117,14 @@ def merge(into: Any, other: Any, num_threads: int | None = None) -> None:
     use_threads(num_threads)
     for index in (into, other):
         _check_writable(index)
-        if not _is_mergeable(index):
-            raise ConfigError(f"{_describe(index)} cannot be merged", where="merge",
+        if not is_mergeable(index):
+            raise ConfigError(f"{describe(index)} cannot be merged", where="merge",
                               hint="search the shards side by side and merge their results")  # fmt: skip
     if quantizer_digest(into) != quantizer_digest(other):
         raise ArtifactError("the two indexes were not trained together", where="merge",
                             expected="shards that started from one trained index",
                             hint="add the rows again to copies of the trained index")  # fmt: skip
     into.merge_from(other, 0) if isinstance(into, faiss.IndexIVF) else into.merge_from(other)
-
-
-def quantizer_digest(index: Any) -> str:
-    """Return 32 hex digits of a hash over all that training decided: equal for shards that belong together.
-
-    The rows of the index do not matter, nor are they read. Raises ArtifactError for a type that cannot be merged and
-    holds rows: its graph is not apart from its rows.
-    """
-    digest = hashlib.sha256()
-    if ivf_of(index) is not None:
-        digest.update(_serialised_without_rows(index))
-    elif _is_mergeable(index):
-        for piece in _flat_pieces(index):
-            digest.update(hashlib.sha256(piece).digest())
-    elif index.ntotal:
-        raise ArtifactError(f"{_describe(index)} holds {index.ntotal} rows", where="quantizer_digest",
-                            expected="the empty trained index")  # fmt: skip
-    else:
-        digest.update(_serialised(index))
-    return digest.hexdigest()[:32]
 
 
 def write(index: Any, path: str) -> None:
@@ -210,20 +191,6 @@ def _too_few_rows(spec: IndexSpec, num_rows: int) -> InputError:
     return InputError(what, where="index.factory", expected=expected, hint=hint)
 
 
-def _is_mergeable(index: Any) -> bool:
-    import faiss
-
-    found = layers(index)
-    fronts = all(isinstance(layer, faiss.IndexIDMap | faiss.IndexPreTransform) for layer in found[:-1])
-    if isinstance(found[-1], faiss.IndexIVF) and ivf_of(index) is None:
-        return False  # an id map over an inverted file merges into wrong ids
-    return fronts and type(found[-1]).__name__ in MERGEABLE_TYPES
-
-
-def _describe(index: Any) -> str:
-    return " over ".join(type(layer).__name__ for layer in layers(index))
-
-
 def _ends_early(index: Any, path: str) -> bool:
     """Tell whether a mapped file lacks its last few bytes, which FAISS does not notice (below one value's width)."""
     import faiss
@@ -233,7 +200,7 @@ def _ends_early(index: Any, path: str) -> bool:
     if isinstance(index, faiss.IndexIDMap):
         # The file ends with the number of ids and the ids.
         with open(path, "rb") as file:
-            file.seek(size - 8 * index.ntotal - 8)
+            file.seek(max(0, size - 8 * index.ntotal - 8))
             return int.from_bytes(file.read(8), "little") != index.ntotal
     if ivf is None or not isinstance(faiss.downcast_InvertedLists(ivf.invlists), faiss.ArrayInvertedLists):
         return False
@@ -286,45 +253,3 @@ def _stage(index: Any, nsg: Any, vectors: npt.NDArray[np.float32], rows: npt.NDA
     index.id_map.resize(before + len(rows))
     faiss.rev_swig_ptr(index.id_map.data(), before + len(rows))[before:] = rows
     index.ntotal = nsg.ntotal = nsg.storage.ntotal
-
-
-# What training decided
-
-
-def _serialised_without_rows(index: Any) -> bytes:
-    """Serialise an inverted file as if it were empty: its lists are set aside, not copied."""
-    found = layers(index)
-    ivf, totals, lists = found[-1], [layer.ntotal for layer in found], found[-1].invlists
-    try:
-        ivf.invlists = None
-        for layer in found:
-            layer.ntotal = 0
-        return _serialised(index)
-    finally:
-        ivf.invlists = lists
-        for layer, total in zip(found, totals, strict=True):
-            layer.ntotal = total
-
-
-def _serialised(index: Any) -> bytes:
-    import faiss
-
-    return bytes(faiss.serialize_index(index).tobytes())
-
-
-def _flat_pieces(index: Any) -> list[bytes]:
-    import faiss
-
-    leaf = layers(index)[-1]
-    pieces = [repr((_describe(index), index.d, leaf.d, int(leaf.metric_type), int(leaf.code_size))).encode()]
-    for transform in transforms(index):
-        writer = faiss.VectorIOWriter()
-        faiss.write_VectorTransform(transform, writer)
-        pieces.append(faiss.vector_to_array(writer.data).tobytes())
-    if hasattr(leaf, "sq"):
-        pieces += [repr(int(leaf.sq.qtype)).encode(), faiss.vector_to_array(leaf.sq.trained).tobytes()]
-    if hasattr(leaf, "pq"):
-        pieces.append(faiss.vector_to_array(leaf.pq.centroids).tobytes())
-    if hasattr(leaf, "rabitq"):
-        pieces += [repr(int(leaf.rabitq.nb_bits)).encode(), faiss.vector_to_array(leaf.center).tobytes()]
-    return pieces
