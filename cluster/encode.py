@@ -1,6 +1,6 @@
-"""`encode` on a cluster: Ray Data streams parts through tokenise tasks, encoder actors and write tasks.
+"""`encode` on a cluster: Ray Data streams parts through tokenisers, encoders and writers.
 
-    missing parts -> tokenise (tasks, a sliver of a core) -> encode (actor pool) -> write (tasks) -> receipts
+    missing parts -> tokenise (a sliver of a core) -> encode (the actor pool) -> write (a sliver of a core) -> receipts
 
 One Ray Data row is one part, so the unit of work, of retry and of resume is the same. The driver asks the store what is
 in place before and after: what counts is the finished file, not what a worker reported.
@@ -8,8 +8,9 @@ in place before and after: what counts is the finished file, not what a worker r
 
 from __future__ import annotations
 
+import json
 import time
-from functools import lru_cache
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -111,8 +112,6 @@ def _stream(
     passages: Store, store: Store, missing: list[dict[str, Any]], spec: EncoderSpec, cluster: ClusterConfig
 ) -> Any:
     """Yield {"part", "receipt"} for each missing part as its file lands."""
-    import json
-
     import ray
 
     use = encode_resources(cluster, len(missing))
@@ -121,30 +120,32 @@ def _stream(
     actor_arguments = (spec, use.device, use.threads)
     dataset = (
         ray.data.from_items(items, override_num_blocks=len(items))
-        .map_batches(_tokenise, fn_args=(passages, spec), compute=use.helpers, **one_part, **use.helper)
+        .map_batches(_Tokeniser, fn_constructor_args=(passages, spec), compute=use.helpers, **one_part, **use.helper)
         .map_batches(_EncoderActor, fn_constructor_args=actor_arguments, compute=use.actors, **one_part, **use.actor)
-        .map_batches(_write, fn_args=(store, spec), compute=use.helpers, **one_part, **use.helper)
+        .map_batches(_Writer, fn_constructor_args=(store, spec), compute=use.helpers, **one_part, **use.helper)
     )
     for row in dataset.iter_rows():
         yield {"part": row["part"], "receipt": json.loads(row["receipt"])}
 
 
-def _tokenise(batch: pa.Table, passages: Store, spec: EncoderSpec) -> pa.Table:
-    """Read one part and tokenise it."""
-    import json
+class _Tokeniser:
+    """Read parts and tokenise them."""
 
-    part = json.loads(batch["part"][0].as_py())
-    table = corpus.read_part(passages, part)
-    tokens = _tokeniser(spec).passages(table["title"].to_pylist(), table["text"].to_pylist())
-    return pa.table(
-        {
+    def __init__(self, passages: Store, spec: EncoderSpec) -> None:
+        self.passages, self.tokeniser = passages, load_tokeniser(spec, "passage")
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        part = json.loads(batch["part"][0].as_py())
+        table = corpus.read_part(self.passages, part)
+        tokens = self.tokeniser.passages(table["title"].to_pylist(), table["text"].to_pylist())
+        columns = {
             "part": [_number(part)],
             "id": pa.array([table["id"].to_pylist()], pa.list_(pa.string())),
             "tokens": _one_list(tokens.ids, pa.int32()),
             "offsets": _one_list(tokens.offsets, pa.int64()),
             "types": _one_list(tokens.type_ids, pa.int8()),
         }
-    )
+        return pa.table(columns)
 
 
 class _EncoderActor:
@@ -176,16 +177,22 @@ class _EncoderActor:
         )
 
 
-def _write(batch: pa.Table, store: Store, spec: EncoderSpec) -> pa.Table:
-    """Put one embedding part in place, with its receipt."""
-    import json
-    from dataclasses import asdict
+class _Writer:
+    """Put embedding parts in place, each with its receipt."""
 
-    row = batch.to_pylist()[0]
-    facts = {"num_rows": row["num_rows"], "num_tokens": row["num_tokens"], "encode_seconds": round(row["seconds"], 3)}
-    name = embeddings.part_name(row["part"])
-    receipt = put_done(store, name, row["data"], _made_from(name, row["num_rows"], spec), facts)
-    return pa.table({"part": [row["part"]], "receipt": [json.dumps(asdict(receipt))]})
+    def __init__(self, store: Store, spec: EncoderSpec) -> None:
+        self.store, self.spec = store, spec
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        row = batch.to_pylist()[0]
+        facts = {
+            "num_rows": row["num_rows"],
+            "num_tokens": row["num_tokens"],
+            "encode_seconds": round(row["seconds"], 3),
+        }
+        name = embeddings.part_name(row["part"])
+        receipt = put_done(self.store, name, row["data"], _made_from(name, row["num_rows"], self.spec), facts)
+        return pa.table({"part": [row["part"]], "receipt": [json.dumps(asdict(receipt))]})
 
 
 def _find_task(part: dict[str, Any], store: Store, spec: EncoderSpec) -> Receipt | None:
@@ -200,11 +207,6 @@ def _made_from(name: str, num_rows: int, spec: EncoderSpec) -> str:
 
 def _number(part: dict[str, Any]) -> int:
     return int(part["name"].removeprefix("part-").removesuffix(".parquet"))
-
-
-@lru_cache(maxsize=2)
-def _tokeniser(spec: EncoderSpec) -> Any:
-    return load_tokeniser(spec, "passage")
 
 
 def _one_list(values: Any, kind: pa.DataType) -> pa.Array:

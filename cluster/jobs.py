@@ -210,10 +210,12 @@ def _encode(config: Config, spec: EncoderSpec, snapshot: dict[str, Any], progres
 
 def _index(config: Config, spec: EncoderSpec, progress: Progress) -> dict[str, Any]:
     from cluster.index import build_version
-    from pipelines.index.spec import parse_spec
+    from pipelines.index.search import check_params
+    from pipelines.index.spec import new_index, parse_spec
 
     metric = "ip" if config.index.metric == "auto" else config.index.metric
-    parse_spec(config.index.factory, spec.dim, metric)  # an impossible factory is refused before hours of encoding
+    # An impossible factory or search parameter is refused before hours of encoding.
+    check_params(new_index(parse_spec(config.index.factory, spec.dim, metric)), config.index.search_params)
     snapshot = _ingest(config, progress)
     embedded = _encode(config, spec, snapshot, progress)
     return build_version(config.root, config.index, snapshot, embedded, progress, config.evaluate.questions)

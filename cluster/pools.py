@@ -10,6 +10,7 @@ from pipelines.config import ClusterConfig
 
 _CPU_HELPER_CPUS = 0.1  # tokenising and writing run on the sliver of a core that a CPU encoder leaves
 _GPU_HELPER_CPUS = 0.5  # a GPU takes as many tokens as a core or two can tokenise
+_ENCODERS_PER_HELPER = 8
 
 _RETRIES = 4
 _WINDOW_PER_CPU = 4
@@ -68,7 +69,7 @@ def largest_node_cpus() -> int:
 
 @dataclass(frozen=True)
 class EncodeResources:
-    """How encoding is laid out: Ray Data's strategies and the resources of one actor or task of each stage."""
+    """How encoding is laid out: pools, and the resources of one actor, for the encoders and for their helpers."""
 
     actors: Any
     actor: dict[str, Any]
@@ -79,9 +80,9 @@ class EncodeResources:
 
 
 def encode_resources(config: ClusterConfig, num_parts: int) -> EncodeResources:
-    """Settle the encoder pool for `num_parts` parts, and the tasks that read and write beside it."""
+    """Settle the encoder pool for `num_parts` parts, and the pools that read and write beside it."""
     import ray
-    from ray.data import ActorPoolStrategy, TaskPoolStrategy
+    from ray.data import ActorPoolStrategy
 
     actor: dict[str, Any] = {"num_cpus": config.cpus_per_worker}
     if config.gpus_per_worker:
@@ -98,7 +99,9 @@ def encode_resources(config: ClusterConfig, num_parts: int) -> EncodeResources:
         if low == high
         else ActorPoolStrategy(min_size=low, max_size=high, initial_size=start)
     )
-    # As many tokenisers and writers as encoders are plenty: without a bound Ray starts a process for every idle sliver.
+    # Helpers are actors too: Ray ends an idle task worker after a second, and starting one anew for every part took a
+    # quarter of a small machine. One tokenises for several CPU encoders; a GPU takes all that one can make.
     helper = {"num_cpus": _GPU_HELPER_CPUS if config.gpus_per_worker else _CPU_HELPER_CPUS}
+    helpers = ActorPoolStrategy(size=high if config.gpus_per_worker else -(-high // _ENCODERS_PER_HELPER))
     device, threads = ("cuda" if config.gpus_per_worker else "cpu"), max(1, int(config.cpus_per_worker))
-    return EncodeResources(pool, actor, TaskPoolStrategy(size=high), helper, device, threads)
+    return EncodeResources(pool, actor, helpers, helper, device, threads)

@@ -117,6 +117,7 @@ def _quiet_data_logs() -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.memory_usage_poll_interval_s = None  # a thread a worker that only feeds a statistic we do not show
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 

@@ -27,11 +27,17 @@ TOKEN = "0123456789abcdef0123456789abcdef"
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A head started as a user would, in a process of its own; gives the environment of a client with the token."""
     port, dashboard = free_port(), free_port()
-    env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "HOME": str(tmp_path_factory.mktemp("home")),
-           "PATH": f"{BIN}:{os.environ['PATH']}", "PINAKES_CACHE": str(tmp_path_factory.mktemp("cache"))}  # fmt: skip
+    env = {
+        **os.environ,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": TOKEN,
+        "HOME": str(tmp_path_factory.mktemp("home")),
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "PINAKES_CACHE": str(tmp_path_factory.mktemp("cache")),
+    }
     env.pop("RAY_ADDRESS", None)
-    command = [str(BIN / "ray"), "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2",
-               f"--ray-client-server-port={free_port()}", "--disable-usage-stats"]  # fmt: skip
+    ports = [f"--port={port}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}"]
+    command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats", *ports]
     log = tmp_path_factory.mktemp("head") / "log"
     with log.open("w") as out:
         process = subprocess.Popen(command, env=env, stdout=out, stderr=out, start_new_session=True)
@@ -39,7 +45,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     try:
         deadline = time.monotonic() + 90
         while status(client["RAY_ADDRESS"], TOKEN) != 200:
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.5)
         yield client
     finally:

@@ -60,7 +60,7 @@ def write_config(folder: Path, source: str, copies: int) -> str:
         "index": {
             "name": "wiki",
             "factory": "IVF512,SQ8",
-            "max_shard_rows": 90_000,
+            "max_shard_rows": 45_000,
             "train_rows": 40_000,
             "recall_queries": 50,
         },
