@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import boto3
+from s3fs import S3FileSystem
 from werkzeug.serving import make_server
 
 _CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -47,6 +48,7 @@ def s3_server(bucket: str = "pinakes-test") -> Iterator[tuple[str, Faults]]:
     changed = {**_CREDENTIALS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}"}
     before = {key: os.environ.get(key) for key in changed}
     os.environ.update(changed)
+    S3FileSystem.clear_instance_cache()  # an earlier server's instances would still ask at its port
     try:
         boto3.client("s3").create_bucket(Bucket=bucket)
         yield f"s3://{bucket}", faults

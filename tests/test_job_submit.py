@@ -58,7 +58,7 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
-            process.wait(20)
+            process.wait(5)
         except (ProcessLookupError, subprocess.TimeoutExpired):
             continue
 

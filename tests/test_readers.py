@@ -41,6 +41,7 @@ from pipelines.readers import (
     settle,
 )
 from pipelines.schema import REASONS
+from tests.s3 import s3_server
 
 WIKI = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "wiki" / "psgs_w100.tsv.gz"
 Item = Row | Reject
@@ -721,20 +722,8 @@ def test_settle_gives_up_on_a_file_that_never_settles() -> None:
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    import boto3  # type: ignore[import-untyped]
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "x")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "x")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        boto3.client("s3").create_bucket(Bucket="readers")
-        yield "s3://readers"
-    server.stop()
+    with s3_server("readers") as (url, _):
+        yield url
 
 
 def passages(num_rows: int) -> bytes:
