@@ -7,7 +7,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 
 help:
 	@echo "make demo    whole job on an embedded corpus, then a search page"
-	@echo "make test    the test suite          make chaos   kills and injected faults"
+	@echo "make test    the test suite          make chaos   every kill and injected fault"
 	@echo "make lint    ruff                    make types   mypy"
 	@echo "make bench   the acceptance figures  make parity  the model parity table"
 
@@ -32,6 +32,7 @@ parity: setup
 	$(BIN)/pytest tests/parity -rA
 
 bench: setup
+	$(BIN)/python -m tests.bench.startup
 	RAY_AUTH_MODE=disabled $(BIN)/python -m tests.bench.quality
 	RAY_AUTH_MODE=disabled $(BIN)/python -m tests.bench.pipeline
 	RAY_AUTH_MODE=disabled $(BIN)/python -m tests.bench.memory
