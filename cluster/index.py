@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from pipelines.index.search import merge_topk
 
 from cluster.pools import largest_node_cpus, run_task, run_tasks
 from cluster.progress import Progress
@@ -13,7 +12,9 @@ from pipelines import build, publish
 from pipelines.build import BuildPlan, Rows, ShardPlan
 from pipelines.config import IndexConfig
 from pipelines.encode import Encoder
+from pipelines.errors import ArtifactError
 from pipelines.evaluate import read_questions, recall_at, recall_half_width
+from pipelines.index.search import merge_topk
 from pipelines.manifest import Receipt, has_manifest, read_manifest
 from pipelines.retrieve import LocalShard, bound_encoder
 
@@ -37,6 +38,16 @@ def build_version(
         with progress.stage("index", len(plan.shards)) as stage:
             stage.advance(len(plan.shards), reused=True, rows=plan.num_rows)
         return read_manifest(plan.store, "version")
+    try:
+        return _build(plan, progress, questions)
+    except ArtifactError:
+        # Another driver may have published this very version, and cleared its work folder, under our hands.
+        if has_manifest(plan.store):
+            return read_manifest(plan.store, "version")
+        raise
+
+
+def _build(plan: BuildPlan, progress: Progress, questions: str | None) -> dict[str, Any]:
     with progress.stage("train", 1) as stage:
         trained = run_task(build.train_quantizer, plan, num_cpus=plan.num_threads)
         stage.advance(reused=trained.reused)

@@ -10,7 +10,7 @@ from cluster.progress import Progress, Stage
 from pipelines import corpus
 from pipelines.config import CorpusConfig
 from pipelines.corpus import IngestPlan, Resolved, Staged
-from pipelines.errors import InputError
+from pipelines.errors import ArtifactError, InputError
 from pipelines.manifest import drop_receipts, has_manifest, read_manifest
 from pipelines.readers import Split, settle
 from pipelines.storage import Store
@@ -25,6 +25,17 @@ def ingest(root: str, config: CorpusConfig, progress: Progress) -> dict[str, Any
             manifest = read_manifest(store.child(known), "snapshot")
             stage.advance(reused=True, rows=manifest["num_rows"], quarantined=manifest["num_quarantined"])
         return manifest
+    try:
+        return _ingest(root, plan, progress)
+    except ArtifactError:
+        # Another driver with the same inputs may have finished, and cleared its staging folder, under our hands.
+        if known := corpus.find_snapshot(root, plan):
+            return read_manifest(store.child(known), "snapshot")
+        raise
+
+
+def _ingest(root: str, plan: IngestPlan, progress: Progress) -> dict[str, Any]:
+    store = corpus.corpus_store(root, plan.config.name)
     staging = corpus.staging_store(root, plan)
     with progress.stage("ingest", len(plan.splits)) as stage:
         staged = _stage(staging, plan, stage)

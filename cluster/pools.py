@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.session import our_errors
 from pipelines.config import ClusterConfig
 
 _CPU_HELPER_CPUS = 0.1  # tokenising and writing run on the sliver of a core that a CPU encoder leaves
@@ -43,7 +44,8 @@ def run_task(function: Callable[..., Any], *arguments: Any, num_cpus: float = 1.
     """Run one Ray task and return its result."""
     import ray
 
-    return ray.get(ray.remote(function).options(num_cpus=num_cpus, max_retries=_RETRIES).remote(*arguments))
+    with our_errors():
+        return ray.get(ray.remote(function).options(num_cpus=num_cpus, max_retries=_RETRIES).remote(*arguments))
 
 
 def _collect(waiting: dict[Any, int]) -> Iterator[tuple[int, Any]]:
@@ -51,7 +53,9 @@ def _collect(waiting: dict[Any, int]) -> Iterator[tuple[int, Any]]:
 
     ready, _ = ray.wait(list(waiting), num_returns=1)
     for reference in ready:
-        yield waiting.pop(reference), ray.get(reference)
+        with our_errors():
+            result = ray.get(reference)
+        yield waiting.pop(reference), result
 
 
 def cluster_cpus() -> float:

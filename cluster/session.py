@@ -24,13 +24,13 @@ def session(config: ClusterConfig) -> Iterator[None]:
     import ray
 
     if ray.is_initialized():
-        with _our_errors():
+        with our_errors():
             yield
         return
     with _results_kept_apart():
         _connect(config)
         try:
-            with _our_errors():
+            with our_errors():
                 yield
         finally:
             ray.shutdown()
@@ -42,7 +42,8 @@ def result_stream() -> TextIO:
 
 
 @contextmanager
-def _our_errors() -> Iterator[None]:
+def our_errors() -> Iterator[None]:
+    """Raise what our own code raised in a worker as itself, not wrapped in Ray's errors."""
     import ray
 
     try:

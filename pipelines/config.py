@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipelines.errors import ConfigError
+from pipelines.errors import ConfigError, nearest
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
@@ -160,12 +159,6 @@ def parse_config(content: dict[str, Any], where: str = "config") -> Config:
             where=where,
             hint="`configs/` holds working examples; README lists the keys",
         ) from error
-
-
-def nearest(name: str, candidates: list[str]) -> str | None:
-    """Return the candidate most like `name`, or None when none is near."""
-    found = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
-    return found[0] if found else None
 
 
 def _problem(item: dict[str, Any]) -> str:

@@ -13,6 +13,9 @@ A message says what was wrong and where, what was expected, and the next step.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class PinakesError(Exception):
     """Explain a refusal: `what` happened `where`, what was `expected`, and the `hint` to go on.
@@ -37,6 +40,13 @@ class PinakesError(Exception):
         """Return the message's pieces for `--json` and HTTP problem bodies."""
         pieces = {"error": type(self).__name__, "what": self.what, "where": self.where}
         return {k: v for k, v in {**pieces, "expected": self.expected, "next": self.hint}.items() if v}
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str | None:
+    """Return the candidate most like `name`, whatever its case, or None when none is near."""
+    by_folded = {candidate.casefold(): candidate for candidate in candidates}
+    found = difflib.get_close_matches(name.casefold(), by_folded, n=1, cutoff=0.5)
+    return by_folded[found[0]] if found else None
 
 
 def _rebuild(kind: type[PinakesError], what: str, where: str, expected: str, hint: str) -> PinakesError:

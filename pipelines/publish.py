@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipelines.build import BuildPlan
-from pipelines.errors import ArtifactError, ConfigError, QualityError
+from pipelines.errors import ArtifactError, ConfigError, QualityError, nearest
 from pipelines.manifest import Receipt, drop_receipts, has_manifest, package_versions, read_manifest, write_manifest
 from pipelines.schema import FORMAT_VERSION
 from pipelines.storage import Store
@@ -122,8 +122,6 @@ def read_alias(root: str, name: str) -> dict[str, Any]:
     """Return {current, previous, history} of an alias. Raises ArtifactError when it does not exist."""
     state, _ = _load_alias(root, name)
     if state is None:
-        from pipelines.config import nearest
-
         known = list_aliases(root)
         guess = nearest(name, known)
         hint = f"did you mean {guess!r}?" if guess else "build one with `pinakes run CONFIG`"

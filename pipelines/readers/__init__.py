@@ -1,6 +1,6 @@
 """Corpus readers: files -> rows, exactly, in parallel, in bounded memory."""
 
-from pipelines.readers.base import ReadOptions, Reject, Row, Split, nearest
+from pipelines.readers.base import ReadOptions, Reject, Row, Split
 from pipelines.readers.files import file_version
 from pipelines.readers.splits import SplitReader, check_chain, plan_splits, read_all, settle
 
@@ -12,7 +12,6 @@ __all__ = [
     "SplitReader",
     "check_chain",
     "file_version",
-    "nearest",
     "plan_splits",
     "read_all",
     "settle",

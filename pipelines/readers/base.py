@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipelines.errors import ConfigError, InputError
+from pipelines.errors import ConfigError, InputError, nearest
 
 FORMATS = ("tsv", "csv", "jsonl", "parquet")
 ROLES = ("id", "title", "text", "answers")
@@ -145,13 +144,6 @@ def answer_list(value: object) -> list[str] | None:
 def json_type(value: Any) -> str:
     names = {dict: "an object", list: "a list holding other things", bool: "a boolean", str: "a string"}
     return names.get(type(value), "null" if value is None else "a number")
-
-
-def nearest(name: str, candidates: Iterable[str]) -> str | None:
-    """Return the candidate most like `name`, whatever its case, or None when none is near."""
-    by_folded = {candidate.casefold(): candidate for candidate in candidates}
-    found = difflib.get_close_matches(name.casefold(), by_folded, n=1, cutoff=0.5)
-    return by_folded[found[0]] if found else None
 
 
 def pick_columns(found: Sequence[str], options: ReadOptions, where: str) -> dict[str, str]:

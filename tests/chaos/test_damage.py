@@ -13,9 +13,8 @@ import pytest
 
 from pipelines.embeddings import to_parquet
 from tests.chaos.conftest import Undisturbed
-from tests.chaos.driver import PINAKES, run, wait_for_quiet, write_config
+from tests.chaos.driver import PINAKES, run, start, wait_for_parts, wait_for_quiet, write_config
 from tests.chaos.test_driver_killed import check_same
-from tests.chaos.test_workers_killed import start, wait_for_parts
 
 pytestmark = pytest.mark.chaos
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from pipelines.manifest import find_done
 from pipelines.storage import Store
 from tests.chaos.conftest import NUM_ROWS, Undisturbed
-from tests.chaos.driver import STAGES, content_of, run, run_and_kill, wait_for_quiet
+from tests.chaos.driver import STAGES, content_of, run, run_and_kill, start, wait_for_parts, wait_for_quiet
 
 
 def ids_of(root: Path) -> list[str]:
@@ -35,7 +36,7 @@ def done_parts(folder: Path) -> int:
     found = 0
     for receipt in (folder / "root" / "embeddings").rglob("receipts/*.json"):
         store = Store(str(receipt.parents[1]))
-        made_from = __import__("json").loads(receipt.read_text())["made_from"]
+        made_from = json.loads(receipt.read_text())["made_from"]
         found += find_done(store, receipt.name.removesuffix(".json"), made_from) is not None
     return found
 
@@ -60,15 +61,13 @@ def test_a_kill_in_every_stage(undisturbed: Undisturbed, tmp_path: Path, seed: i
 
 @pytest.mark.chaos
 def test_a_resumed_encode_makes_exactly_what_is_missing(undisturbed: Undisturbed, tmp_path: Path) -> None:
-    rng = random.Random(7)
     total = -(-NUM_ROWS // 64)
-    for _ in range(4):
-        run_and_kill(undisturbed.config(tmp_path), "encode", rng)
-        wait_for_quiet(tmp_path / "root")
-        if 0 < (done := done_parts(tmp_path)) < total:
-            break
-    else:
-        pytest.fail(f"no kill fell inside encoding; {done} of {total} parts done")
+    process = start(undisturbed.config(tmp_path))
+    wait_for_parts(tmp_path / "root", 4, process)
+    process.kill()
+    process.communicate()
+    wait_for_quiet(tmp_path / "root")
+    assert 0 < (done := done_parts(tmp_path)) < total
     result = run(undisturbed.config(tmp_path))
     assert result["stages"]["encode"]["reused"] == done
     assert result["stages"]["encode"]["made"] == total - done

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.chaos.conftest import NUM_ROWS, Undisturbed
-from tests.chaos.driver import PINAKES, content_of, run
+from tests.chaos.driver import content_of, run, start, wait_for_parts
 from tests.chaos.test_driver_killed import check_same
-
-
-def start(config: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [PINAKES, "run", config, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
 
 
 def encoder_processes() -> list[psutil.Process]:
@@ -30,13 +22,6 @@ def encoder_processes() -> list[psutil.Process]:
         if command.startswith("ray::") and "_EncoderActor" in command:
             found.append(process)
     return found
-
-
-def wait_for_parts(root: Path, count: int, process: subprocess.Popen[str]) -> None:
-    """Wait until `count` embedding parts are in place."""
-    while len(list(root.glob("embeddings/*/*/part-*.parquet"))) < count:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
 
 
 def test_an_encoder_actor_dies(undisturbed: Undisturbed, tmp_path: Path) -> None:
@@ -53,27 +38,27 @@ def test_an_encoder_actor_dies(undisturbed: Undisturbed, tmp_path: Path) -> None
 
 
 @pytest.fixture
-def three_nodes() -> Iterator[object]:
+def three_nodes() -> Iterator[Callable[[], None]]:
+    """A cluster of three nodes; gives what kills the third."""
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    cluster.add_node(num_cpus=1)
-    cluster.add_node(num_cpus=1)
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     before = os.environ["RAY_ADDRESS"]
     os.environ["RAY_ADDRESS"] = cluster.address
     try:
-        yield cluster
+        yield lambda: cluster.remove_node(nodes[1], allow_graceful=False)
     finally:
         os.environ["RAY_ADDRESS"] = before
         cluster.shutdown()
 
 
 @pytest.mark.chaos
-def test_a_node_dies(undisturbed: Undisturbed, tmp_path: Path, three_nodes: object) -> None:
+def test_a_node_dies(undisturbed: Undisturbed, tmp_path: Path, three_nodes: Callable[[], None]) -> None:
     config = undisturbed.config(tmp_path)
     process = start(config)
     wait_for_parts(tmp_path / "root", 3, process)
-    three_nodes.remove_node(three_nodes.list_all_nodes[-1], allow_graceful=False)  # type: ignore[attr-defined]
+    three_nodes()
     _, err = process.communicate()
     assert process.returncode == 0, err
     assert len(list((tmp_path / "root").glob("embeddings/*/*/part-*.parquet"))) == -(-NUM_ROWS // 64)
