@@ -27,7 +27,7 @@ from pipelines.manifest import put_done
 from pipelines.storage import Store
 from tests.bench.common import keep, write_wiki
 
-NUM_PASSAGES, PART_SIZE, ROUNDS = 8_192, 256, 3
+NUM_PASSAGES, PART_SIZE, ROUNDS = 6_144, 256, 3
 WORKERS = os.cpu_count() or 1
 
 
