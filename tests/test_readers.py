@@ -26,7 +26,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipelines.errors import ConfigError, InputError, StorageError
+from pipelines.errors import ConfigError, InputError, StorageError, nearest
 from pipelines.readers import (
     ReadOptions,
     Reject,
@@ -35,7 +35,6 @@ from pipelines.readers import (
     SplitReader,
     check_chain,
     file_version,
-    nearest,
     plan_splits,
     read_all,
     settle,
