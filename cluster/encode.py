@@ -26,11 +26,10 @@ from pipelines.manifest import (
     Receipt,
     drop_receipts,
     find_done,
+    find_finished,
     fingerprint,
-    has_manifest,
     package_versions,
     put_done,
-    read_manifest,
     write_manifest,
 )
 from pipelines.models.base import Tokens
@@ -49,10 +48,10 @@ def encode(
     """Encode every part of `snapshot` that is not yet encoded by `spec`; return the embeddings' manifest."""
     store = embedding_store(root, snapshot["snapshot"], spec)
     parts = snapshot["parts"]
-    if has_manifest(store):
+    if finished := find_finished(store, "embeddings"):
         with progress.stage("encode", len(parts)) as stage:
             stage.advance(len(parts), reused=True, rows=snapshot["num_rows"])
-        return read_manifest(store, "embeddings")
+        return finished
     passages = corpus.corpus_store(root, snapshot["corpus"]).child(snapshot["snapshot"])
     with progress.stage("encode", len(parts)) as stage:
         receipts = _encode_missing(passages, store, parts, spec, cluster, stage)

@@ -15,7 +15,7 @@ from pipelines.encode import Encoder
 from pipelines.errors import ArtifactError
 from pipelines.evaluate import read_questions, recall_at, recall_half_width
 from pipelines.index.search import merge_topk
-from pipelines.manifest import Receipt, has_manifest, read_manifest
+from pipelines.manifest import Receipt, find_finished
 from pipelines.retrieve import LocalShard, bound_encoder
 
 _RECALL_K = 10
@@ -34,16 +34,16 @@ def build_version(
     questions: URL of the questions that recall is measured on; without it, sentences sampled from the passages.
     """
     plan = build.plan_build(root, config, snapshot, embedded, largest_node_cpus())
-    if has_manifest(plan.store):
+    if published := find_finished(plan.store, "version", plan.work):
         with progress.stage("index", len(plan.shards)) as stage:
             stage.advance(len(plan.shards), reused=True, rows=plan.num_rows)
-        return read_manifest(plan.store, "version")
+        return published
     try:
         return _build(plan, progress, questions)
     except ArtifactError:
         # Another driver may have published this very version, and cleared its work folder, under our hands.
-        if has_manifest(plan.store):
-            return read_manifest(plan.store, "version")
+        if published := find_finished(plan.store, "version", plan.work):
+            return published
         raise
 
 

@@ -11,7 +11,7 @@ from pipelines import corpus
 from pipelines.config import CorpusConfig
 from pipelines.corpus import IngestPlan, Resolved, Staged
 from pipelines.errors import ArtifactError, InputError
-from pipelines.manifest import drop_receipts, has_manifest, read_manifest
+from pipelines.manifest import drop_receipts, has_manifest
 from pipelines.readers import Split, settle
 from pipelines.storage import Store
 
@@ -19,18 +19,16 @@ from pipelines.storage import Store
 def ingest(root: str, config: CorpusConfig, progress: Progress) -> dict[str, Any]:
     """Turn the sources of `config` into a snapshot and return its manifest; unchanged sources return at once."""
     plan = corpus.plan_ingest(config)
-    store = corpus.corpus_store(root, config.name)
     if known := corpus.find_snapshot(root, plan):
         with progress.stage("ingest", 1) as stage:
-            manifest = read_manifest(store.child(known), "snapshot")
-            stage.advance(reused=True, rows=manifest["num_rows"], quarantined=manifest["num_quarantined"])
-        return manifest
+            stage.advance(reused=True, rows=known["num_rows"], quarantined=known["num_quarantined"])
+        return known
     try:
         return _ingest(root, plan, progress)
     except ArtifactError:
         # Another driver with the same inputs may have finished, and cleared its staging folder, under our hands.
         if known := corpus.find_snapshot(root, plan):
-            return read_manifest(store.child(known), "snapshot")
+            return known
         raise
 
 

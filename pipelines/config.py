@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipelines.errors import ConfigError, nearest
+from pipelines.models.base import Formatting
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
@@ -21,7 +22,7 @@ class CorpusConfig(Strict):
     name: Name = "corpus"
     sources: list[str] = Field(min_length=1)
     """Paths, globs or URLs (local, s3://, https://); with `format: pydocs`, names of installed packages."""
-    format: Literal["auto", "tsv", "csv", "jsonl", "parquet", "pydocs"] = "auto"
+    format: Literal["auto", "tsv", "csv", "jsonl", "parquet", "pydocs", "images"] = "auto"
     columns: dict[Literal["id", "title", "text", "answers"], str] = {}
     part_size: int = Field(default=16_384, ge=1)
     """Passages in a part, the unit of work and of resume."""
@@ -42,6 +43,10 @@ class EncoderConfig(Strict):
     compute: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the forward pass; auto is bf16 where the hardware has it, else fp32."""
     storage: Literal["fp16", "fp32"] = "fp16"
+    similarity: Literal["dot", "cosine"] | None = None
+    """What the model was trained for, where the checkpoint does not say: sentence-transformers before 3.0."""
+    formatting: Formatting | None = None
+    """How title and text become one input, where the model was trained on another form than "title. text"."""
     max_length: int | None = Field(default=None, ge=2)
     token_budget: int = Field(default=2048, ge=1)
     """Padded tokens in a micro-batch."""
@@ -76,6 +81,28 @@ class EvaluateConfig(Strict):
     """Count passages `name#2`, `name#3` … as the gold passage `name` (a document cut into passages)."""
 
 
+class RerankConfig(Strict):
+    """The model that reorders hits, in `evaluate` and on request in `serve`."""
+
+    checkpoint: str
+    """Directory, URL or hub name of a cross-encoder or a PAQ reranker."""
+    depth: int = Field(default=50, ge=1)
+    """How many of the hits are scored; those behind keep their order."""
+    compute: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+
+
+class AnswerConfig(Strict):
+    """What answers from the hits, in `evaluate` and on request in `serve`."""
+
+    reader: str
+    """`stored` (the answers of QA pairs), or directory, URL or hub name of a DPR reader or a FiD reader."""
+    depth: int = Field(default=20, ge=1)
+    """How many of the hits are read."""
+    tokeniser: str | None = None
+    """Directory of the T5 tokeniser, which FiD checkpoints do not carry."""
+    compute: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+
+
 class ServeConfig(Strict):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
@@ -85,9 +112,8 @@ class ServeConfig(Strict):
     max_k: int = Field(default=1000, ge=1)
     max_batch: int = Field(default=256, ge=1)
     max_query_chars: int = Field(default=10_000, ge=1)
-    reranker: str | None = None
-    """Directory, URL or hub name of a cross-encoder; enables `rerank: true`."""
-    rerank_depth: int = Field(default=50, ge=1)
+    budget_ms: int = Field(default=30_000, ge=1)
+    """Time that a request may spend; a stage that no longer fits is left out and named in the answer."""
 
 
 class ClusterConfig(Strict):
@@ -117,6 +143,8 @@ class Config(Strict):
     corpus: CorpusConfig
     encoder: EncoderConfig
     index: IndexConfig = IndexConfig()
+    rerank: RerankConfig | None = None
+    answer: AnswerConfig | None = None
     evaluate: EvaluateConfig = EvaluateConfig()
     serve: ServeConfig = ServeConfig()
     cluster: ClusterConfig = ClusterConfig()

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from pipelines.config import CorpusConfig
 from pipelines.errors import InputError
-from pipelines.manifest import Receipt, fingerprint, put_done, write_manifest
+from pipelines.manifest import Receipt, find_done, find_finished, fingerprint, put_done, write_manifest
 from pipelines.readers import ReadOptions, Reject, Row, Split, SplitReader, file_version, plan_splits
 from pipelines.schema import FORMAT_VERSION, PASSAGE, QUARANTINE
 from pipelines.storage import Store, temporary_file
@@ -347,8 +347,6 @@ def _check_share(plan: IngestPlan, staged: Sequence[Staged], kept: int, refused:
 
 def cut_part(staging: Store, snapshot: Store, resolved: Resolved, part: int) -> Receipt:
     """Write part-00000.parquet (and so on) of the snapshot: the same plan gives the same bytes."""
-    from pipelines.manifest import find_done
-
     name = f"part-{part:05d}.parquet"
     if done := find_done(snapshot, name, resolved.snapshot):
         return done
@@ -430,16 +428,14 @@ def publish_snapshot(
     return manifest
 
 
-def find_snapshot(root: str, plan: IngestPlan) -> str | None:
-    """Return the snapshot that these very inputs gave before, if it is complete."""
-    from pipelines.manifest import has_manifest
-
+def find_snapshot(root: str, plan: IngestPlan) -> dict[str, Any] | None:
+    """Return the manifest of the snapshot that these very inputs gave before, if it is complete."""
     corpus = corpus_store(root, plan.config.name)
     pointer = corpus.child("inputs")
     if not pointer.exists(f"{plan.inputs}.json"):
         return None
     snapshot = str(json.loads(pointer.read(f"{plan.inputs}.json"))["snapshot"])
-    return snapshot if has_manifest(corpus.child(snapshot)) else None
+    return find_finished(corpus.child(snapshot), "snapshot", staging_store(root, plan))
 
 
 def read_part(store: Store, entry: dict[str, Any]) -> pa.Table:

@@ -99,6 +99,20 @@ def has_manifest(store: Store) -> bool:
     return store.exists(MANIFEST)
 
 
+def find_finished(store: Store, kind: str, *scratch: Store) -> dict[str, Any] | None:
+    """Return the manifest of a folder that is finished, else None.
+
+    Receipts and the `scratch` folders are swept from a finished one: of two drivers on the same work, the slower may
+    still have been writing them when the faster cleaned up.
+    """
+    if not has_manifest(store):
+        return None
+    drop_receipts(store)
+    for folder in scratch:
+        folder.remove_all()
+    return read_manifest(store, kind)
+
+
 def read_manifest(store: Store, kind: str) -> dict[str, Any]:
     """Return the manifest of a finished folder. Raises ArtifactError when it is absent, damaged or of another kind."""
     where = store.path(MANIFEST)

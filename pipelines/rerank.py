@@ -13,6 +13,6 @@ def rerank(model: CrossEncoder, query: str, hits: Sequence[Hit]) -> list[Hit]:
     """Return the hits with their `rerank_score`, best first; equal scores keep the order of retrieval."""
     if not hits:
         return []
-    score_N = model.score(query, [h.passage.title for h in hits], [h.passage.text for h in hits])
+    score_N = model.score([query] * len(hits), [hit.passage for hit in hits])
     scored = [replace(hit, rerank_score=float(score)) for hit, score in zip(hits, score_N, strict=True)]
     return sorted(scored, key=lambda hit: -(hit.rerank_score or 0.0))

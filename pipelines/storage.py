@@ -24,6 +24,7 @@ from pipelines.errors import ArtifactError, ConfigError, StorageError
 _T = TypeVar("_T")
 _STALE_TEMP_SECONDS = 3600.0
 _REMOTE_ATTEMPTS = 5
+_REMOVE_ATTEMPTS = 5
 _TRANSIENT = {errno.EIO, errno.EBUSY, errno.EAGAIN, errno.ETIMEDOUT, errno.ECONNRESET, errno.EPIPE, None}
 
 
@@ -200,9 +201,20 @@ class Store:
             self._try("remove", name, lambda: self.fs.rm_file(self.path(name)), missing=FileNotFoundError)
 
     def remove_all(self) -> None:
-        """Remove the store's folder and everything in it; being absent already is fine."""
-        with contextlib.suppress(FileNotFoundError):
-            self._try("remove", "", lambda: self.fs.rm(self.root, recursive=True), missing=FileNotFoundError)
+        """Remove the store's folder and everything in it; being absent already is fine.
+
+        Somebody else may remove it, or write into it, at the same moment: then look again a few times.
+        """
+        for attempt in range(_REMOVE_ATTEMPTS):
+            with contextlib.suppress(FileNotFoundError):
+                try:
+                    self._try("remove", "", lambda: self.fs.rm(self.root, recursive=True), missing=FileNotFoundError)
+                except StorageError as error:
+                    busy = getattr(error.__cause__, "errno", None) == errno.ENOTEMPTY
+                    if not busy or attempt == _REMOVE_ATTEMPTS - 1:
+                        raise
+            if not self.is_local or not os.path.exists(self.root):
+                return
 
     def sweep_temporaries(self) -> None:
         """Remove the temporary files that killed writers left behind more than an hour ago."""

@@ -147,7 +147,12 @@ def test_staging_is_resumed_and_a_truncated_chunk_is_redone(tmp_path: Path) -> N
 def test_unchanged_sources_are_recognised_and_changed_ones_are_not(tmp_path: Path) -> None:
     path = write_tsv(tmp_path / "a.tsv", ROWS)
     manifest, _ = ingest(tmp_path, sources=[path])
-    assert corpus.find_snapshot(str(tmp_path), corpus.plan_ingest(CorpusConfig(sources=[path]))) == manifest["snapshot"]
+    plan = corpus.plan_ingest(CorpusConfig(sources=[path]))
+    left = tmp_path / "corpora" / "corpus" / f".staging-{plan.inputs}" / "chunk-000000-00000.parquet"
+    left.parent.mkdir(exist_ok=True)
+    left.write_bytes(b"what a slower driver on the same inputs wrote after the faster one had cleaned up")
+    assert corpus.find_snapshot(str(tmp_path), plan) == manifest
+    assert not left.parent.exists()
     write_tsv(tmp_path / "a.tsv", ROWS[:-1])
     assert corpus.find_snapshot(str(tmp_path), corpus.plan_ingest(CorpusConfig(sources=[path]))) is None
 

@@ -23,6 +23,15 @@ _OLD_POOLING = {
 _SENTENCE = "sentence_embedding"
 
 
+def first_module(directory: str) -> str | None:
+    """Return the class name of the first module of a sentence-transformers directory; None where there is none."""
+    if not os.path.isfile(os.path.join(directory, "modules.json")):
+        return None
+    modules = read_json(directory, "modules.json", kind=list)
+    first = modules[0] if modules and isinstance(modules[0], dict) else {}
+    return str(first.get("type", "")).rsplit(".", 1)[-1]
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where the transformer is, how its tokens are pooled, and the (kind, folder) of each layer behind.

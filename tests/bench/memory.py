@@ -24,7 +24,7 @@ from cluster.encode import embedding_store
 from pipelines import corpus, embeddings
 from pipelines.config import EncoderConfig, load_config
 from pipelines.encode import resolve
-from pipelines.manifest import drop_receipts, fingerprint, put_done, read_manifest, write_manifest
+from pipelines.manifest import drop_receipts, fingerprint, put_done, write_manifest
 from tests.bench.common import PINAKES, keep, need_data, write_wiki
 
 NUM_PASSAGES = 89_197
@@ -74,11 +74,10 @@ def random_embeddings(config_path: str) -> None:
     """Write finished embeddings of the snapshot with random unit vectors."""
     config = load_config(config_path)
     plan = corpus.plan_ingest(config.corpus)
-    snapshot_name = corpus.find_snapshot(config.root, plan)
-    assert snapshot_name
-    snapshot = read_manifest(corpus.corpus_store(config.root, "wiki").child(snapshot_name), "snapshot")
+    snapshot = corpus.find_snapshot(config.root, plan)
+    assert snapshot
     spec = resolve(EncoderConfig(checkpoint=config.encoder.checkpoint))
-    store = embedding_store(config.root, snapshot_name, spec)
+    store = embedding_store(config.root, snapshot["snapshot"], spec)
     rng, entries = np.random.default_rng(_DIM_SEED), []
     for number, part in enumerate(snapshot["parts"]):
         emb_ND = rng.standard_normal((part["num_rows"], spec.dim), dtype=np.float32)
@@ -88,8 +87,13 @@ def random_embeddings(config_path: str) -> None:
         facts = {"num_rows": len(emb_ND), "num_tokens": 0}
         receipt = put_done(store, name, data, fingerprint(name), facts)
         entries.append({**receipt.as_entry(), "first_row": part["first_row"]})
-    content: dict[str, Any] = {"snapshot": snapshot_name, "corpus": "wiki", "encoder": spec.as_dict(), "dim": spec.dim,
-                               "num_rows": snapshot["num_rows"], "parts": entries}  # fmt: skip
+    content: dict[str, Any] = {
+        **{key: snapshot[key] for key in ("snapshot", "num_rows")},
+        "corpus": "wiki",
+        "encoder": spec.as_dict(),
+        "dim": spec.dim,
+        "parts": entries,
+    }
     write_manifest(store, "embeddings", content)
     drop_receipts(store)
 
