@@ -29,7 +29,7 @@ chaos: setup
 	RAY_AUTH_MODE=disabled $(BIN)/pytest -m chaos tests/chaos
 
 parity: setup
-	$(BIN)/pytest tests/parity -rA
+	$(BIN)/pytest -v tests/parity
 
 bench: setup
 	$(BIN)/python -m tests.bench.startup

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cluster.cli_files import register
 from pipelines.errors import PinakesError
 
 if TYPE_CHECKING:
@@ -86,18 +87,39 @@ def index(config: ConfigPath, set_: Overrides = None, json_: Json = False, quiet
     _show(jobs.index(_load(config, set_), _progress(quiet)), json_, summaries.index_summary)
 
 
-@app.command(epilog="Example: pinakes evaluate configs/demo.yaml --questions questions.jsonl")
+@app.command(
+    epilog="Example: pinakes evaluate configs/demo.yaml --questions questions.jsonl. A published figure on your own "
+    "weights and data: pinakes evaluate --reproduce NAME --input checkpoint=DIR --input questions=FILE; without inputs "
+    "it says what NAME needs, and `pinakes models --published` lists the names."
+)
 def evaluate(
-    config: ConfigPath,
+    config: Annotated[str | None, typer.Argument(help="A YAML config (see configs/).", metavar="CONFIG")] = None,
     questions: Annotated[str | None, typer.Option(help="JSONL or DPR qas file instead of the config's.")] = None,
     version: Annotated[str | None, typer.Option(help="A version instead of the alias's current one.")] = None,
+    reproduce: Annotated[str | None, typer.Option(help="Rerun this published figure instead.", metavar="NAME")] = None,
+    input_: Annotated[list[str] | None, typer.Option("--input", help="For --reproduce: KEY=PATH, repeatable.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="For --reproduce: only the first questions.")] = None,
+    device: Annotated[str, typer.Option(help="For --reproduce: cpu or cuda.")] = "cpu",
     set_: Overrides = None,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Score a version: top-k accuracy, MRR, nDCG, EM, recall against exact search."""
+    """Score a version: top-k accuracy, MRR, nDCG, EM, recall; after reranking and reading, too, if configured."""
     from cluster import jobs, summaries
+    from pipelines.errors import ConfigError
 
+    if (config is None) == (reproduce is None):
+        raise ConfigError("what to evaluate is not clear", expected="a CONFIG, or --reproduce NAME")
+    if reproduce is not None:
+        from cluster import local
+
+        _show(
+            local.reproduce(reproduce, input_ or [], limit, device, _progress(quiet)),
+            json_,
+            summaries.reproduction_summary,
+        )
+        return
+    assert config is not None
     overrides = [*(set_ or []), *([f"evaluate.questions={json.dumps(questions)}"] if questions else [])]
     result = jobs.evaluate(_load(config, overrides), version, _progress(quiet))
     _show(result, json_, summaries.evaluation_summary)
@@ -118,20 +140,36 @@ def search(
     name: Annotated[str | None, typer.Option(help="The index; needed when the root holds several.")] = None,
     version: Annotated[str | None, typer.Option(help="A version instead of the alias's current one.")] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Hits.")] = 10,
+    rerank: Annotated[str | None, typer.Option(help="Reorder 50 hits by this cross-encoder or PAQ reranker.")] = None,
+    answer: Annotated[str | None, typer.Option(help="Answer by this reader (or `stored`) from 20 hits.")] = None,
+    tokeniser: Annotated[str | None, typer.Option(help="T5's tokeniser, for a FiD reader.")] = None,
     json_: Json = False,
 ) -> None:
     """Search a version in this process, without a server."""
-    from cluster import jobs, summaries
+    from cluster import local, summaries
 
-    _show(jobs.search(root, name, version, query, k), json_, summaries.search_summary)
+    stages = local.stages(rerank, answer, tokeniser)
+    _show(local.search(root, name, version, query, k, *stages), json_, summaries.search_summary)
 
 
 @app.command(epilog="Example: pinakes status --root s3://bucket/pinakes --json")
 def status(root: Root = "pinakes-data", json_: Json = False) -> None:
     """List snapshots, embeddings, versions and aliases, finished or under way."""
-    from cluster import jobs, summaries
+    from cluster import local, summaries
 
-    _show(jobs.status(root), json_, summaries.status_summary)
+    _show(local.status(root), json_, summaries.status_summary)
+
+
+@app.command(epilog="Example: pinakes models --released --json")
+def models(
+    released: Annotated[bool, typer.Option(help="List the released checkpoints, too.")] = False,
+    published: Annotated[bool, typer.Option(help="List the figures that `evaluate --reproduce` reruns.")] = False,
+    json_: Json = False,
+) -> None:
+    """List the model families: how each lies on disk and what it computes."""
+    from cluster import local, summaries
+
+    _show(local.models(released, published), json_, summaries.models_summary)
 
 
 @app.command(epilog="Example: pinakes inspect sentence-transformers/all-MiniLM-L6-v2")
@@ -139,10 +177,10 @@ def inspect(
     target: Annotated[str, typer.Argument(help="A checkpoint (directory, URL, hub name) or a file of the root.")],
     json_: Json = False,
 ) -> None:
-    """Say what a checkpoint is, or what a part, shard or manifest holds."""
-    from cluster import jobs, summaries
+    """Say what a checkpoint is and gives (dimension, similarity, length, prompts), or what a file of the root holds."""
+    from cluster import local, summaries
 
-    _show(jobs.inspect(target), json_, summaries.plain_summary)
+    _show(local.inspect(target), json_, summaries.plain_summary)
 
 
 @app.command(epilog="Example: pinakes promote wikipedia 3f2a91c04be7d815 --root pinakes-data")
@@ -204,3 +242,6 @@ def _show(result: dict[str, Any], as_json: bool, summary: Any) -> None:
     from rich.console import Console
 
     Console(highlight=False).print(summary(result), markup=False)
+
+
+register(app, _progress, _show)

@@ -20,7 +20,7 @@ from cluster.pools import encode_resources, run_tasks
 from cluster.progress import Progress, Stage
 from pipelines import corpus, embeddings
 from pipelines.config import ClusterConfig
-from pipelines.encode import Encoder, EncoderSpec, load_tokeniser
+from pipelines.encode import Encoder, EncoderSpec, ImageEncoder, check_takes_images, load_tokeniser
 from pipelines.errors import PinakesError
 from pipelines.manifest import (
     Receipt,
@@ -45,7 +45,13 @@ def embedding_store(root: str, snapshot: str, spec: EncoderSpec) -> Store:
 def encode(
     root: str, snapshot: dict[str, Any], spec: EncoderSpec, cluster: ClusterConfig, progress: Progress
 ) -> dict[str, Any]:
-    """Encode every part of `snapshot` that is not yet encoded by `spec`; return the embeddings' manifest."""
+    """Encode every part of `snapshot` that is not yet encoded by `spec`; return the embeddings' manifest.
+
+    Raises CheckpointError when the snapshot is one of images and the encoder takes none.
+    """
+    images = bool(snapshot.get("images"))
+    if images:
+        check_takes_images(spec)
     store = embedding_store(root, snapshot["snapshot"], spec)
     parts = snapshot["parts"]
     if finished := find_finished(store, "embeddings"):
@@ -54,7 +60,7 @@ def encode(
         return finished
     passages = corpus.corpus_store(root, snapshot["corpus"]).child(snapshot["snapshot"])
     with progress.stage("encode", len(parts)) as stage:
-        receipts = _encode_missing(passages, store, parts, spec, cluster, stage)
+        receipts = _encode_missing(passages, store, parts, spec, cluster, stage, images)
     entries = [
         {**receipt.as_entry(), "first_row": part["first_row"]} for receipt, part in zip(receipts, parts, strict=True)
     ]
@@ -77,7 +83,13 @@ def encode(
 
 
 def _encode_missing(
-    passages: Store, store: Store, parts: list[dict[str, Any]], spec: EncoderSpec, cluster: ClusterConfig, stage: Stage
+    passages: Store,
+    store: Store,
+    parts: list[dict[str, Any]],
+    spec: EncoderSpec,
+    cluster: ClusterConfig,
+    stage: Stage,
+    images: bool,
 ) -> list[Receipt]:
     """Encode until every part is in place; a part that stays missing after a few rounds is an error."""
     found: dict[int, Receipt] = {}
@@ -92,7 +104,7 @@ def _encode_missing(
         missing = [part for i, part in enumerate(parts) if i not in found]
         if not missing:
             return [found[i] for i in range(len(parts))]
-        for row in _stream(passages, store, missing, spec, cluster):
+        for row in _stream(passages, store, missing, spec, cluster, images):
             receipt = Receipt(**row["receipt"])
             found[row["part"]] = receipt
             if attempt == 0:
@@ -108,7 +120,12 @@ def _encode_missing(
 
 
 def _stream(
-    passages: Store, store: Store, missing: list[dict[str, Any]], spec: EncoderSpec, cluster: ClusterConfig
+    passages: Store,
+    store: Store,
+    missing: list[dict[str, Any]],
+    spec: EncoderSpec,
+    cluster: ClusterConfig,
+    images: bool,
 ) -> Any:
     """Yield {"part", "receipt"} for each missing part as its file lands."""
     import ray
@@ -116,11 +133,12 @@ def _stream(
     use = encode_resources(cluster, len(missing))
     items = [{"part": json.dumps(part)} for part in missing]
     one_part = {"batch_size": 1, "batch_format": "pyarrow"}
+    reader, encoder = (_ImageReader, _ImageEncoderActor) if images else (_Tokeniser, _EncoderActor)
     actor_arguments = (spec, use.device, use.threads)
     dataset = (
         ray.data.from_items(items, override_num_blocks=len(items))
-        .map_batches(_Tokeniser, fn_constructor_args=(passages, spec), compute=use.helpers, **one_part, **use.helper)
-        .map_batches(_EncoderActor, fn_constructor_args=actor_arguments, compute=use.actors, **one_part, **use.actor)
+        .map_batches(reader, fn_constructor_args=(passages, spec), compute=use.helpers, **one_part, **use.helper)
+        .map_batches(encoder, fn_constructor_args=actor_arguments, compute=use.actors, **one_part, **use.actor)
         .map_batches(_Writer, fn_constructor_args=(store, spec), compute=use.helpers, **one_part, **use.helper)
     )
     for row in dataset.iter_rows():
@@ -163,17 +181,55 @@ class _EncoderActor:
             None if types.null_count else _only_list(batch["types"]),
         )
         emb_ND = self.encoder.encode_tokens(tokens)
-        ids = batch["id"].combine_chunks().flatten()
-        data = embeddings.to_parquet(ids, emb_ND, self.spec.storage)
-        return pa.table(
-            {
-                "part": batch["part"],
-                "data": pa.array([data], pa.large_binary()),
-                "num_rows": [len(tokens)],
-                "num_tokens": [len(tokens.ids)],
-                "seconds": [time.perf_counter() - started],
-            }
-        )
+        return _embedded(batch, emb_ND, self.spec, len(tokens.ids), started)
+
+
+class _ImageReader:
+    """Read parts of images; there is nothing to tokenise."""
+
+    def __init__(self, passages: Store, spec: EncoderSpec) -> None:
+        self.passages = passages
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        part = json.loads(batch["part"][0].as_py())
+        table = corpus.read_part(self.passages, part, images=True)
+        images = table["image"].combine_chunks()
+        images = pa.concat_arrays(images.chunks) if isinstance(images, pa.ChunkedArray) else images
+        columns = {
+            "part": [_number(part)],
+            "id": pa.array([table["id"].to_pylist()], pa.list_(pa.string())),
+            "images": _one_list(images, pa.large_binary()),
+        }
+        return pa.table(columns)
+
+
+class _ImageEncoderActor:
+    """Hold an image tower and turn parts of images into the bytes of embedding parts."""
+
+    def __init__(self, spec: EncoderSpec, device: str, num_threads: int) -> None:
+        self.spec = spec
+        self.encoder = ImageEncoder(spec, device, num_threads)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        started = time.perf_counter()
+        images = batch["images"].combine_chunks().flatten().to_pylist()
+        emb_ND = self.encoder.encode_images(images)
+        return _embedded(batch, emb_ND, self.spec, self.encoder.num_tokens(len(images)), started)
+
+
+def _embedded(batch: pa.Table, emb_ND: Any, spec: EncoderSpec, num_tokens: int, started: float) -> pa.Table:
+    """Return the row that the writer takes: an embedding part's bytes and what they cost."""
+    ids = batch["id"].combine_chunks().flatten()
+    data = embeddings.to_parquet(ids, emb_ND, spec.storage)
+    return pa.table(
+        {
+            "part": batch["part"],
+            "data": pa.array([data], pa.large_binary()),
+            "num_rows": [len(emb_ND)],
+            "num_tokens": [num_tokens],
+            "seconds": [time.perf_counter() - started],
+        }
+    )
 
 
 class _Writer:

@@ -1,47 +1,126 @@
-"""`evaluate` on a cluster: search the questions in parallel batches, score them in one place."""
+"""`evaluate` on a cluster: search the questions in parallel batches, rerank and read if asked, score in one place."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
 from cluster.pools import run_tasks
 from cluster.progress import Progress
 from pipelines import publish
-from pipelines.config import EvaluateConfig
+from pipelines.answer import answers, load_reader
+from pipelines.config import AnswerConfig, Config, RerankConfig
 from pipelines.errors import ConfigError
-from pipelines.evaluate import document_id, percentiles, read_questions, score_retrieval
-from pipelines.retrieve import Retriever
+from pipelines.evaluate import document_id, percentiles, read_questions, score_answers, score_retrieval
+from pipelines.rerank import load_reranker, rerank_all
+from pipelines.retrieve import Passages, Retriever
+from pipelines.schema import Hit, Question
 
 _BATCH = 512
+_READ_BATCH = 16  # questions of one rerank-and-read task
 _LATENCY_QUERIES = 100
 
+Found = list[tuple[Any, Any]]  # (score_BK, row_BK) of each batch of questions
 
-def evaluate(root: str, manifest: dict[str, Any], config: EvaluateConfig, progress: Progress) -> dict[str, Any]:
-    """Score a version on `config.questions`, put the result beside it and return it."""
-    if not config.questions:
+
+def evaluate(root: str, manifest: dict[str, Any], config: Config, progress: Progress) -> dict[str, Any]:
+    """Score a version on `config.evaluate.questions`, put the result beside it and return it.
+
+    With `config.rerank` and `config.answer` the hits are reranked, then read, and every stage gets rows of its own.
+    """
+    settings = config.evaluate
+    if not settings.questions:
         raise ConfigError(
             "there are no questions to evaluate on",
             expected="evaluate.questions: a JSONL or DPR qas file",
             hint="add it to the config, or pass --questions FILE",
         )
-    questions = read_questions(config.questions)
-    ks = sorted({min(k, manifest["num_rows"]) for k in config.k})
+    questions = read_questions(settings.questions)
+    ks = sorted({min(k, manifest["num_rows"]) for k in settings.k})
+    depths = [stage.depth for stage in (config.rerank, config.answer) if stage]
+    found = _search(root, manifest, questions, min(max(*ks, 10, *depths), manifest["num_rows"]), progress)
+    retriever = Retriever(root, manifest)
+    id_of = document_id if settings.positive_prefix else None
+    # Hits are fetched a batch at a time: 100 passages for each of many questions would fill the memory.
+    hits = (h for scores, rows in found for h in retriever.passages.hits(scores, rows))
+    result = score_retrieval(questions, hits, ks=ks, id_of=id_of)
+    result["recall"] = manifest["recall"]
+    result["latency"] = _latency(retriever, [q.text for q in questions[:_LATENCY_QUERIES]])
+    result["version"], result["questions"] = manifest["version"], settings.questions
+    if config.rerank or config.answer:
+        orders, given, seconds = _second_stage(root, manifest, questions, found, config, progress)
+        if config.rerank:
+            reranked = _in_order(retriever.passages, found, orders)
+            scores = score_retrieval(questions, reranked, ks=ks, id_of=id_of)
+            result["rerank"] = {**config.rerank.model_dump(), "seconds": seconds, **scores}
+        if config.answer:
+            about = {"checkpoint": config.answer.reader, "depth": config.answer.depth, "seconds": seconds}
+            result["reader"] = {**about, **score_answers(questions, given)}
+    publish.save_evaluation(root, manifest, result)
+    return result
+
+
+def _search(root: str, manifest: dict[str, Any], questions: list[Question], k: int, progress: Progress) -> Found:
     batches = [[q.text for q in questions[i : i + _BATCH]] for i in range(0, len(questions), _BATCH)]
     found: dict[int, tuple[Any, Any]] = {}
     with progress.stage("evaluate", len(batches)) as stage:
-        for position, (scores, rows) in run_tasks(_search_task, batches, root, manifest, max(*ks, 10)):
+        for position, (scores, rows) in run_tasks(_search_task, batches, root, manifest, k):
             found[position] = scores, rows
             stage.advance(questions=len(rows))
-    retriever = Retriever(root, manifest)
-    # Hits are fetched a batch at a time: 100 passages for each of many questions would fill the memory.
-    hits = (h for i in range(len(batches)) for h in retriever.fetch(*found[i]))
-    result = score_retrieval(questions, hits, ks=ks, id_of=document_id if config.positive_prefix else None)
-    result["recall"] = manifest["recall"]
-    result["latency"] = _latency(retriever, [q.text for q in questions[:_LATENCY_QUERIES]])
-    result["version"], result["questions"] = manifest["version"], config.questions
-    publish.save_evaluation(root, manifest, result)
-    return result
+    return [found[i] for i in range(len(batches))]
+
+
+def _second_stage(
+    root: str, manifest: dict[str, Any], questions: list[Question], found: Found, config: Config, progress: Progress
+) -> tuple[list[list[int]], list[list[str]], float]:
+    """Rerank and read. Returns each question's rows in their new order, its answers (best first), and the seconds."""
+    gpus = config.cluster.gpus_per_worker
+    orders: dict[int, list[list[int]]] = {}
+    given: dict[int, list[list[str]]] = {}
+    items = list(_read_batches(questions, found))
+    common = (root, manifest, config.rerank, config.answer, "cuda" if gpus else "cpu")
+    with progress.stage("rerank" if config.rerank else "read", len(items)) as stage:
+        for position, (order, answered) in run_tasks(_second_task, items, *common, num_gpus=gpus):
+            orders[position], given[position] = order, answered
+            stage.advance(questions=len(order))
+    flat_orders = [order for i in range(len(items)) for order in orders[i]]
+    return flat_orders, [texts for i in range(len(items)) for texts in given[i]], round(stage.seconds, 3)
+
+
+def _read_batches(questions: list[Question], found: Found) -> Iterator[tuple[list[str], Any, Any]]:
+    start = 0
+    for scores, rows in found:
+        for i in range(0, len(rows), _READ_BATCH):
+            few = slice(i, i + _READ_BATCH)
+            yield [q.text for q in questions[start + i : start + i + len(rows[few])]], scores[few], rows[few]
+        start += len(rows)
+
+
+def _second_task(
+    item: tuple[list[str], Any, Any],
+    root: str,
+    manifest: dict[str, Any],
+    reranking: RerankConfig | None,
+    answering: AnswerConfig | None,
+    device: str,
+) -> tuple[list[list[int]], list[list[str]]]:
+    queries, scores, rows = item
+    hits = _passages(root, json.dumps(manifest, sort_keys=True)).hits(scores, rows)
+    if reranking:
+        hits = rerank_all(_reranker(reranking, device), queries, hits, reranking.depth)
+    read = answers(_reader(answering, device), queries, hits, answering.depth) if answering else [[] for _ in queries]
+    return [[hit.row for hit in found] for found in hits], [[a.text for a in given] for given in read]
+
+
+def _in_order(passages: Passages, found: Found, orders: list[list[int]]) -> Iterator[list[Hit]]:
+    """Yield each question's hits in the order of rows given."""
+    upcoming = iter(orders)
+    for scores, rows in found:
+        for hits in passages.hits(scores, rows):
+            by_row = {hit.row: hit for hit in hits}
+            yield [by_row[row] for row in next(upcoming)]
 
 
 def _latency(retriever: Retriever, queries: list[str]) -> dict[str, float]:
@@ -53,14 +132,25 @@ def _latency(retriever: Retriever, queries: list[str]) -> dict[str, float]:
 
 
 def _search_task(queries: list[str], root: str, manifest: dict[str, Any], k: int) -> tuple[Any, Any]:
-    import json
-
     retriever = _retriever(root, json.dumps(manifest, sort_keys=True))
-    return retriever.search_vectors(retriever.encoder.encode_queries(queries), min(k, manifest["num_rows"]))
+    return retriever.search_vectors(retriever.encoder.encode_queries(queries), k)
 
 
 @lru_cache(maxsize=1)
 def _retriever(root: str, manifest: str) -> Retriever:
-    import json
-
     return Retriever(root, json.loads(manifest), num_threads=1)
+
+
+@lru_cache(maxsize=1)
+def _passages(root: str, manifest: str) -> Passages:
+    return Passages(root, json.loads(manifest))
+
+
+@lru_cache(maxsize=1)
+def _reranker(config: RerankConfig, device: str) -> Any:
+    return load_reranker(config, device)
+
+
+@lru_cache(maxsize=1)
+def _reader(config: AnswerConfig, device: str) -> Any:
+    return load_reader(config.reader, config.compute, device, tokeniser=config.tokeniser)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import threading
@@ -15,12 +14,12 @@ from typing import Any
 from cluster.progress import Progress
 from cluster.session import result_stream, session
 from pipelines import publish
+from pipelines.answer import STORED
 from pipelines.config import Config
-from pipelines.encode import EncoderSpec, resolve
-from pipelines.errors import ArtifactError, ConfigError, InputError
-from pipelines.manifest import MANIFEST, has_manifest, read_manifest
-from pipelines.retrieve import Retriever, check_encoder, check_k
-from pipelines.storage import Store
+from pipelines.encode import EncoderSpec, check_takes_images, resolve
+from pipelines.models import find_model
+from pipelines.models.fetch import fetch
+from pipelines.retrieve import check_encoder
 
 
 def ingest(config: Config, progress: Progress) -> dict[str, Any]:
@@ -58,7 +57,7 @@ def run(config: Config, progress: Progress) -> dict[str, Any]:
         if config.evaluate.questions:
             from cluster.evaluate import evaluate as evaluate_version
 
-            evaluation = evaluate_version(config.root, manifest, config.evaluate, progress)
+            evaluation = evaluate_version(config.root, manifest, config, progress)
     alias = publish.promote(config.root, config.index.name, manifest["version"])
     result = {"version": manifest, "evaluation": evaluation, "alias": {"name": config.index.name, **alias}}
     return _result(result, progress)
@@ -71,56 +70,7 @@ def evaluate(config: Config, version: str | None, progress: Progress) -> dict[st
     manifest = publish.read_version(config.root, config.index.name, version)
     check_encoder(manifest, _encoder(config))
     with session(config.cluster):
-        return _result(evaluate_version(config.root, manifest, config.evaluate, progress), progress)
-
-
-def search(root: str, name: str | None, version: str | None, query: str, k: int) -> dict[str, Any]:
-    """Search one version in this process."""
-    if not query.strip():
-        raise InputError("the query is blank", expected="some text")
-    manifest = publish.read_version(root, name or _only_alias(root), version)
-    check_k(k, manifest)
-    retriever = Retriever(root, manifest)
-    hits, took = retriever.search_timed([query], k)
-    found = [{"row": h.row, "score": h.score, **h.passage.as_dict()} for h in hits[0]]
-    return {"query": query, "name": manifest["name"], "version": manifest["version"], "took_ms": took, "hits": found}
-
-
-def status(root: str) -> dict[str, Any]:
-    """Describe what the root holds: finished folders from their manifests, unfinished ones as such."""
-    store = Store(root)
-    result: dict[str, Any] = {"root": root, "snapshots": [], "embeddings": [], "versions": [], "aliases": []}
-    for corpus in store.child("corpora").folders():
-        for name in store.child("corpora", corpus).folders():
-            if name != "inputs":
-                result["snapshots"].append(
-                    _state(store.child("corpora", corpus, name), "snapshot", corpus=corpus, snapshot=name)
-                )
-    for snapshot in store.child("embeddings").folders():
-        for encoder in store.child("embeddings", snapshot).folders():
-            folder = store.child("embeddings", snapshot, encoder)
-            result["embeddings"].append(_state(folder, "embeddings", snapshot=snapshot, encoder=encoder))
-    for name in publish.list_indexes(root):
-        for version in publish.index_store(root, name).folders():
-            folder = publish.index_store(root, name).child(version)
-            result["versions"].append(_state(folder, "version", name=name, version=version))
-    for alias in publish.list_aliases(root):
-        result["aliases"].append({"name": alias, **publish.read_alias(root, alias)})
-    return result
-
-
-def inspect(target: str) -> dict[str, Any]:
-    """Describe a checkpoint, or a file of the root by what it is."""
-    name = os.path.basename(target.rstrip("/"))
-    if name.endswith((".faiss", ".parquet", ".arrow", ".json")):
-        return _inspect_file(target, name)
-    from dataclasses import asdict
-
-    from pipelines.models import describe
-    from pipelines.models.fetch import fetch
-
-    directory = fetch(target)
-    return {"checkpoint": target, "directory": directory, **asdict(describe(directory))}
+        return _result(evaluate_version(config.root, manifest, config, progress), progress)
 
 
 def serve_until_interrupted(config: Config, progress: Progress) -> None:
@@ -159,7 +109,7 @@ def serving(config: Config) -> Iterator[str]:
     with session(config.cluster):
         from cluster import serve
 
-        address = serve.start(config.root, [config.index.name], config.serve)
+        address = serve.start([config.index.name], config)
         try:
             yield address
         finally:
@@ -193,7 +143,15 @@ def _wait_for_signal() -> None:
 
 
 def _encoder(config: Config) -> EncoderSpec:
-    return resolve(config.encoder, on_gpu=config.cluster.gpus_per_worker > 0)
+    """Resolve the encoder, and look at every other model of the config: a wrong one is refused before hours of work."""
+    spec = resolve(config.encoder, on_gpu=config.cluster.gpus_per_worker > 0)
+    if config.corpus.format == "images":
+        check_takes_images(spec)
+    if config.rerank:
+        find_model(fetch(config.rerank.checkpoint), "cross-encoder")
+    if config.answer and config.answer.reader != STORED:
+        find_model(fetch(config.answer.reader), "reader")
+    return spec
 
 
 def _ingest(config: Config, progress: Progress) -> dict[str, Any]:
@@ -223,74 +181,6 @@ def _index(config: Config, spec: EncoderSpec, progress: Progress) -> dict[str, A
 
 def _result(content: dict[str, Any], progress: Progress) -> dict[str, Any]:
     return {**content, "stages": progress.stages}
-
-
-def _only_alias(root: str) -> str:
-    names = publish.list_aliases(root)
-    if len(names) == 1:
-        return names[0]
-    found = ", ".join(names) or "none"
-    hint = "pass --name" if names else "build an index with `pinakes run CONFIG`, or pass --root"
-    raise ConfigError(
-        "which index to search is not clear", where=root, expected=f"one alias, found: {found}", hint=hint
-    )
-
-
-def _state(store: Store, kind: str, **identity: str) -> dict[str, Any]:
-    if not has_manifest(store):
-        done = len(store.child("receipts").files()) or len(store.files("split-"))
-        return {**identity, "state": "unfinished", "files_done": done}
-    manifest = read_manifest(store, kind)
-    keys = ("num_rows", "num_quarantined", "dim", "factory", "num_shards", "recall", "created")
-    return {**identity, "state": "finished", **{key: manifest[key] for key in keys if key in manifest}}
-
-
-def _inspect_file(target: str, name: str) -> dict[str, Any]:
-    folder, _, _ = target.rpartition("/")
-    store = Store(folder or ".")
-    if not store.exists(name):
-        raise ArtifactError(
-            "there is no such file", where=store.path(name), hint="`pinakes status` lists what the root holds"
-        )
-    facts: dict[str, Any] = {"file": target, "num_bytes": store.size(name), "sha256": store.sha256(name)}
-    if has_manifest(store) and name != MANIFEST:
-        manifest = json.loads(store.read(MANIFEST))
-        files = manifest.get("files") or {part["name"]: part for part in manifest.get("parts", [])}
-        if name in files:
-            facts["matches_manifest"] = files[name]["sha256"] == facts["sha256"]
-    return {**facts, **_content_facts(store, name, facts["sha256"])}
-
-
-def _content_facts(store: Store, name: str, sha256: str) -> dict[str, Any]:
-    if name.endswith(".json"):
-        content = json.loads(store.read(name))
-        return {
-            "keys": sorted(content),
-            **{k: content[k] for k in ("kind", "num_rows", "version", "current") if k in content},
-        }
-    path = store.local(name, sha256)
-    if name.endswith(".faiss"):
-        from pipelines.index.build import read
-
-        opened = read(path, mmap=True)
-        return {
-            "type": type(opened).__name__,
-            "num_rows": opened.ntotal,
-            "dim": opened.d,
-            "metric": {0: "ip", 1: "l2"}.get(opened.metric_type, opened.metric_type),
-        }
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        if name.endswith(".parquet"):
-            parquet = pq.ParquetFile(path)
-            return {"num_rows": parquet.metadata.num_rows, "schema": str(parquet.schema_arrow)}
-        table = pa.ipc.open_file(pa.memory_map(path)).read_all()
-        return {"num_rows": len(table), "schema": str(table.schema)}
-    except (pa.ArrowException, OSError) as error:
-        hint = "it is truncated or not what its name says: delete it and run its step again"
-        raise ArtifactError(f"the file does not open: {error}", where=store.path(name), hint=hint) from error
 
 
 def free_port() -> int:

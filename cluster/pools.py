@@ -18,7 +18,7 @@ _WINDOW_PER_CPU = 4
 
 
 def run_tasks(
-    function: Callable[..., Any], items: Sequence[Any], *common: Any, num_cpus: float = 1.0
+    function: Callable[..., Any], items: Sequence[Any], *common: Any, num_cpus: float = 1.0, num_gpus: float = 0
 ) -> Iterator[tuple[int, Any]]:
     """Run `function(item, *common)` for every item as Ray tasks; yield (position, result) as they finish.
 
@@ -28,7 +28,7 @@ def run_tasks(
     import ray
 
     shared = [ray.put(c) for c in common]
-    task = ray.remote(function).options(num_cpus=num_cpus, max_retries=_RETRIES)
+    task = ray.remote(function).options(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=_RETRIES)
     window = max(4, int(cluster_cpus() / num_cpus * _WINDOW_PER_CPU))
     waiting: dict[Any, int] = {}
     upcoming = iter(enumerate(items))

@@ -1,4 +1,4 @@
-"""The Ray Serve application: one gateway (FastAPI, query encoder, merge), optional shard and reranker deployments.
+"""The Ray Serve application: a gateway (FastAPI, query encoder, merge); shards, reranker and reader as deployments.
 
     POST /search            one query or a batch
     GET  /passages/{id}     one passage
@@ -16,22 +16,21 @@ import asyncio
 import logging
 import time
 import urllib.request
+from collections.abc import Awaitable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi.responses import HTMLResponse
 from ray import serve
-from starlette.exceptions import HTTPException
 
+from cluster.api import AnswerModel, HitModel, PassageModel, SearchRequest, SearchResponse, api
 from pipelines import publish
-from pipelines.config import ServeConfig
-from pipelines.errors import ArtifactError, ConfigError, InputError, PinakesError
+from pipelines.answer import answers, load_reader
+from pipelines.config import AnswerConfig, Config, RerankConfig, ServeConfig
+from pipelines.errors import ArtifactError, ConfigError, PinakesError
 from pipelines.index.search import merge_topk
-from pipelines.models.base import CrossEncoder
-from pipelines.rerank import rerank
+from pipelines.models.base import Answer
+from pipelines.rerank import load_reranker, rerank_within
 from pipelines.retrieve import LocalShard, Retriever, check_k
 from pipelines.schema import Hit
 
@@ -41,96 +40,7 @@ _SHARD_CPUS = 0.2
 _GATEWAY_CPUS = 0.5
 _BATCH_WAIT_SECONDS = 0.002
 _HEALTH_SECONDS = 30.0
-_log = logging.getLogger("ray.serve")
-
-Text = Annotated[str, Field(min_length=1)]
-
-
-class SearchRequest(BaseModel):
-    """What to search for: `query`, or `queries` for a batch."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    query: Text | None = Field(None, description="One query.", examples=["who invented the telephone"])
-    queries: list[Text] | None = Field(None, min_length=1, description="A batch of queries, answered in `results`.")
-    k: int = Field(10, ge=1, description="Hits for each query; at most the number of passages.")
-    alias: str | None = Field(None, description="Which index to search; the first one served by default.")
-    rerank: bool = Field(False, description="Reorder the hits by the cross-encoder, if one is configured.")
-
-    def texts(self, config: ServeConfig) -> list[str]:
-        """Return the queries. Raises ConfigError when there are none, both forms, too many or too long ones."""
-        if (self.query is None) == (self.queries is None):
-            raise ConfigError("give either `query` or `queries`", expected="exactly one of them")
-        texts = [self.query] if self.query is not None else list(self.queries or [])
-        if len(texts) > config.max_batch:
-            raise ConfigError(f"{len(texts)} queries in one request", expected=f"at most {config.max_batch}")
-        if (longest := max(len(t) for t in texts)) > config.max_query_chars:
-            raise ConfigError(f"a query of {longest} characters", expected=f"at most {config.max_query_chars}")
-        if self.k > config.max_k:
-            raise ConfigError(f"k is {self.k}", expected=f"at most {config.max_k}")
-        if any(not t.strip() for t in texts):
-            raise ConfigError("a query is blank", expected="some text")
-        return texts
-
-
-class HitModel(BaseModel):
-    row: int
-    score: float
-    rerank_score: float | None = None
-    id: str
-    title: str
-    text: str
-    answers: list[str] | None = None
-
-
-class SearchResponse(BaseModel):
-    """`hits` answers `query`; `results` answers `queries`, in their order. Higher scores are better."""
-
-    alias: str
-    version: str
-    encoder: str
-    complete: bool = True
-    took_ms: dict[str, float]
-    hits: list[HitModel] | None = None
-    results: list[list[HitModel]] | None = None
-
-
-class PassageModel(BaseModel):
-    row: int
-    id: str
-    title: str
-    text: str
-    answers: list[str] | None = None
-
-
-api = FastAPI(title="Pinakes", description="Search a published index.", version="1")
-
-
-def _problem(status: int, title: str, detail: str) -> JSONResponse:
-    content = {"type": "about:blank", "title": title, "status": status, "detail": detail}
-    return JSONResponse(content, status, media_type="application/problem+json")
-
-
-@api.exception_handler(PinakesError)
-async def _refuse(request: Request, error: PinakesError) -> Response:
-    if isinstance(error, ConfigError | InputError):
-        detail = error.what + (f"; expected {error.expected}" if error.expected else "")
-        return _problem(422, "The request can't be answered", detail)
-    if isinstance(error, ArtifactError):
-        return _problem(404, "Not found", error.what)
-    _log.error("request failed: %s", error)
-    return _problem(500, "The server failed", "see its log")
-
-
-@api.exception_handler(RequestValidationError)
-async def _invalid(request: Request, error: RequestValidationError) -> Response:
-    told = "; ".join(f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors())
-    return _problem(422, "The request is not valid", told)
-
-
-@api.exception_handler(HTTPException)
-async def _http(request: Request, error: HTTPException) -> Response:
-    return _problem(error.status_code, "The request failed", str(error.detail))
+_MAX_ANSWERS = 5
 
 
 class _Elsewhere:
@@ -140,8 +50,31 @@ class _Elsewhere:
         raise PinakesError("the shards of this version are deployments of their own")
 
 
-def _hit_model(hit: Hit) -> HitModel:
-    return HitModel(row=hit.row, score=hit.score, rerank_score=hit.rerank_score, **hit.passage.as_dict())
+async def _within(deadline: float, ask: Any) -> Any:
+    """Return what `ask(seconds left)` answers before the deadline, else None."""
+    left = deadline - time.perf_counter()
+    if left <= 0:
+        return None
+    reply: Awaitable[Any] = ask(left)
+    try:
+        return await asyncio.wait_for(asyncio.ensure_future(_awaited(reply)), left)
+    except TimeoutError:
+        return None
+
+
+async def _awaited(reply: Awaitable[Any]) -> Any:
+    return await reply
+
+
+def _content(request: SearchRequest, found: list[list[Hit]], given: list[list[Answer]] | None) -> dict[str, Any]:
+    """Return the response's hits and answers, in the form that was asked for."""
+    hits = [[HitModel.of(hit) for hit in few[: request.k]] for few in found]
+    one = request.query is not None
+    content: dict[str, Any] = {"hits": hits[0]} if one else {"results": hits}
+    if given is not None:
+        read = [[AnswerModel.of(a, few) for a in some] for some, few in zip(given, found, strict=True)]
+        content |= {"answers": read[0]} if one else {"results_answers": read}
+    return content
 
 
 @serve.deployment(max_ongoing_requests=64, ray_actor_options={"num_cpus": _SHARD_CPUS})
@@ -157,16 +90,36 @@ class Shard:
 
 @serve.deployment(max_ongoing_requests=16, ray_actor_options={"num_cpus": _SHARD_CPUS})
 class Reranker:
-    """The cross-encoder."""
+    """The cross-encoder or PAQ reranker."""
 
-    def __init__(self, checkpoint: str) -> None:
-        from pipelines.models.cross_encoder import load_cross_encoder
-        from pipelines.models.fetch import fetch
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = RerankConfig(**config)
+        self.model = load_reranker(self.config)
 
-        self.model: CrossEncoder = load_cross_encoder(fetch(checkpoint), "fp32", "cpu")
+    async def rerank(self, queries: list[str], hits: list[list[Hit]], seconds: float) -> list[list[Hit]] | None:
+        """Return the hits reordered, or None when that takes longer than `seconds`."""
+        return await asyncio.to_thread(rerank_within, self.model, queries, hits, self.config.depth, seconds)
 
-    async def rerank(self, query: str, hits: list[Hit]) -> list[Hit]:
-        return await asyncio.to_thread(rerank, self.model, query, hits)
+
+@serve.deployment(max_ongoing_requests=16, ray_actor_options={"num_cpus": _SHARD_CPUS})
+class Reader:
+    """What answers from the hits."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = AnswerConfig(**config)
+        self.model = load_reader(self.config.reader, self.config.compute, "cpu", tokeniser=self.config.tokeniser)
+
+    async def answer(self, queries: list[str], hits: list[list[Hit]], seconds: float) -> list[list[Answer]] | None:
+        """Return each query's answers, best first, or None when reading takes longer than `seconds`.
+
+        The clock is looked at between queries: what is read already is in vain then, as a late answer would be.
+        """
+        deadline, found = time.monotonic() + seconds, []
+        for query, few in zip(queries, hits, strict=True):
+            if time.monotonic() > deadline:
+                return None
+            found += await asyncio.to_thread(answers, self.model, [query], [few], self.config.depth)
+        return [given[:_MAX_ANSWERS] for given in found]
 
 
 @serve.deployment(max_ongoing_requests=256, ray_actor_options={"num_cpus": _GATEWAY_CPUS})
@@ -181,9 +134,12 @@ class Gateway:
         config: dict[str, Any],
         shards: dict[str, list[Any]],
         reranker: Any,
+        reader: Any,
     ) -> None:
-        self.config = ServeConfig(**config)
-        self.shards, self.reranker = shards, reranker
+        """config: the whole Config, dumped. reranker, reader: handles, or None."""
+        self.config = ServeConfig(**config["serve"])
+        self.depths = {stage: config[stage]["depth"] for stage in ("rerank", "answer") if config[stage]}
+        self.shards, self.reranker, self.reader = shards, reranker, reader
         # In placement "spread" the retriever keeps encoder and passages; the shards are elsewhere.
         self.retrievers = {
             alias: Retriever(root, manifest, shards=[_Elsewhere()] if shards.get(alias) else None)
@@ -213,39 +169,49 @@ class Gateway:
             }
             for alias, m in ((a, r.manifest) for a, r in self.retrievers.items())
         }
-        return {"ready": True, "reranker": self.reranker is not None, "aliases": aliases}
+        stages = {"reranker": self.reranker is not None, "reader": self.reader is not None}
+        return {"ready": True, **stages, "aliases": aliases}
 
     @api.post("/search", response_model_exclude_none=True)
     async def search(self, request: SearchRequest) -> SearchResponse:
-        """Search one query or a batch."""
+        """Search one query or a batch; rerank and answer where asked, as far as the time goes."""
         started = time.perf_counter()
         texts = request.texts(self.config)
         alias, retriever = self._retriever(request.alias)
         check_k(request.k, retriever.manifest)
-        if request.rerank and self.reranker is None:
-            raise ConfigError("no reranker is configured", expected="serve.reranker in the config")
-        clock = [started, time.perf_counter()]
+        stages = self._stages(request)
+        deadline = started + min(request.budget_ms or self.config.budget_ms, self.config.budget_ms) / 1000
+        clock = {"receive": time.perf_counter()}
         emb_BD = await self._encode((alias, texts))
-        clock.append(time.perf_counter())
-        depth = min(max(request.k, self.config.rerank_depth), len(retriever.passages)) if request.rerank else request.k
+        clock["encode"] = time.perf_counter()
+        depth = min(max(request.k, *(self.depths[stage] for stage in stages), 1), len(retriever.passages))
         score_BK, row_BK = await self._search(alias, retriever, emb_BD, depth)
-        clock.append(time.perf_counter())
-        found = retriever.fetch(score_BK, row_BK)
-        clock.append(time.perf_counter())
-        if request.rerank:
-            found = await asyncio.gather(
-                *(self.reranker.rerank.remote(t, h) for t, h in zip(texts, found, strict=True))
-            )
-            found = [hits[: request.k] for hits in found]
-            clock.append(time.perf_counter())
-        stages = ("receive", "encode", "search", "fetch", "rerank")
-        took = {n: round((b - a) * 1000, 3) for n, a, b in zip(stages, clock, clock[1:], strict=False)}
+        clock["search"] = time.perf_counter()
+        found = retriever.passages.hits(score_BK, row_BK)
+        clock["fetch"] = time.perf_counter()
+        skipped, given = [], None
+        if "rerank" in stages:
+            reranked = await _within(deadline, lambda left: self.reranker.rerank.remote(texts, found, left))
+            skipped += ["rerank"] if reranked is None else []
+            found = found if reranked is None else reranked
+            clock["rerank"] = time.perf_counter()
+        if "answer" in stages:
+            given = await _within(deadline, lambda left: self.reader.answer.remote(texts, found, left))
+            skipped += ["answer"] if given is None else []
+            clock["answer"] = time.perf_counter()
+        took, before = {}, started
+        for name, at in clock.items():
+            took[name], before = round((at - before) * 1000, 3), at
         took["total"] = round((time.perf_counter() - started) * 1000, 3)
-        results = [[_hit_model(h) for h in hits] for hits in found]
-        answer = {"hits": results[0]} if request.query is not None else {"results": results}
         m = retriever.manifest
         return SearchResponse(
-            alias=alias, version=m["version"], encoder=m["encoder"]["checkpoint"], took_ms=took, **answer
+            alias=alias,
+            version=m["version"],
+            encoder=m["encoder"]["checkpoint"],
+            complete=not skipped,
+            skipped=skipped or None,
+            took_ms=took,
+            **_content(request, found, given),
         )
 
     @api.get("/passages/{passage_id:path}", response_model_exclude_none=True)
@@ -262,6 +228,14 @@ class Gateway:
         if name not in self.retrievers:
             raise ArtifactError(f"there is no alias {name!r} here; served: {', '.join(self.retrievers)}")
         return name, self.retrievers[name]
+
+    def _stages(self, request: SearchRequest) -> list[str]:
+        """Return the stages asked for behind retrieval. Raises ConfigError for one that is not configured."""
+        if request.rerank and self.reranker is None:
+            raise ConfigError("no reranker is configured", expected="rerank.checkpoint in the config")
+        if request.answer and self.reader is None:
+            raise ConfigError("no reader is configured", expected="answer.reader in the config")
+        return [stage for stage in ("rerank", "answer") if getattr(request, stage)]
 
     @serve.batch(max_batch_size=64, batch_wait_timeout_s=_BATCH_WAIT_SECONDS)
     async def _encode(self, requests: list[tuple[str, list[str]]]) -> list[Any]:
@@ -285,31 +259,36 @@ class Gateway:
         return await asyncio.to_thread(retriever.search_vectors, emb_BD, k)
 
 
-def application(root: str, aliases: list[str], config: ServeConfig) -> Any:
+def application(aliases: list[str], config: Config) -> Any:
     """Return the Serve application for these aliases. Raises ArtifactError for one that does not exist."""
+    root = config.root
     versions = {alias: publish.read_version(root, alias) for alias in aliases}
     shards: dict[str, list[Any]] = {}
     shard: Any = Shard
-    if config.placement == "spread":
+    if config.serve.placement == "spread":
         for alias, manifest in versions.items():
             shards[alias] = [
                 shard.options(name=f"shard-{alias}-{n}").bind(root, manifest, n) for n in range(manifest["num_shards"])
             ]
-    reranker = Reranker.bind(config.reranker) if config.reranker else None  # type: ignore[attr-defined]
-    gateway = Gateway.options(num_replicas=config.replicas)  # type: ignore[attr-defined]
-    return gateway.bind(root, versions, config.model_dump(), shards, reranker)
+    rerankers: Any = Reranker
+    readers: Any = Reader
+    reranker = rerankers.bind(config.rerank.model_dump()) if config.rerank else None
+    reader = readers.bind(config.answer.model_dump()) if config.answer else None
+    gateway = Gateway.options(num_replicas=config.serve.replicas)  # type: ignore[attr-defined]
+    return gateway.bind(root, versions, config.model_dump(), shards, reranker, reader)
 
 
-def start(root: str, aliases: list[str], config: ServeConfig) -> str:
+def start(aliases: list[str], config: Config) -> str:
     """Deploy the application on the connected cluster and return its address once it is ready."""
     import ray
     import ray.serve.context
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(http_options={"host": config.host, "port": config.port}, logging_config={"log_level": "WARNING"})
+    host, port = config.serve.host, config.serve.port
+    serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
     try:
         serve.run(
-            application(root, aliases, config),
+            application(aliases, config),
             name=APPLICATION,
             route_prefix="/",
             logging_config={"log_level": "WARNING"},
@@ -317,7 +296,7 @@ def start(root: str, aliases: list[str], config: ServeConfig) -> str:
     except (RuntimeError, ray.exceptions.RayError) as error:
         hint = "the deployment's log holds the cause; `pinakes status` checks the versions"
         raise PinakesError(f"the application did not start: {error}", hint=hint) from error
-    address = f"http://{'127.0.0.1' if config.host == '0.0.0.0' else config.host}:{config.port}"
+    address = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
     _check_answers(address)
     return address
 

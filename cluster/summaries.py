@@ -50,9 +50,13 @@ def evaluation_summary(result: dict[str, Any]) -> Any:
 
 def search_summary(result: dict[str, Any]) -> str:
     lines = [f"{result['query']}    (version {result['version']}, {sum_ms(result['took_ms']):.0f} ms)"]
+    for answer in result.get("answers", [])[:3]:
+        source = f"  [{answer['passage']}]" if answer["passage"] else ""
+        lines.append(f"   answer: {answer['text']}{source}  {answer['score']:.2f}")
     for rank, hit in enumerate(result["hits"], 1):
         text = hit["text"] if len(hit["text"]) <= 300 else hit["text"][:300] + "…"
-        lines += [f"\n{rank}. {hit['title'] or hit['id']}  [{hit['id']}]  {hit['score']:.4f}", f"   {text}"]
+        reranked = f"  rerank {hit['rerank_score']:.2f}" if hit.get("rerank_score") is not None else ""
+        lines += [f"\n{rank}. {hit['title'] or hit['id']}  [{hit['id']}]  {hit['score']:.4f}{reranked}", f"   {text}"]
         lines += [f"   answers: {', '.join(hit['answers'])}"] if hit.get("answers") else []
     return "\n".join(lines)
 
@@ -81,6 +85,37 @@ def status_summary(result: dict[str, Any]) -> Any:
 
 def _unfinished(entry: dict[str, Any]) -> str:
     return f"{entry['files_done']} files done; run its step again to go on"
+
+
+def models_summary(result: dict[str, Any]) -> Any:
+    from rich.table import Column, Table
+
+    table = Table(Column("family", no_wrap=True), "on disk", "computes", show_lines=True)
+    for name, family in result["families"].items():
+        table.add_row(f"{name}\n({family['kind']})", family["layout"], family["computes"])
+    parts: list[Any] = [table]
+    if "released" in result:
+        listed = Table("released checkpoint", "family", "group", "beyond its files")
+        for row in result["released"]:
+            told = [f"{key}: {row[key]}" for key in ("similarity", "formatting") if row[key]]
+            listed.add_row(row["name"], row["family"], row["group"], ", ".join(told))
+        parts.append(listed)
+    if "published" in result:
+        parts.append("published figures (pinakes evaluate --reproduce NAME):\n" + "\n".join(result["published"]))
+    return Group(*parts)
+
+
+def reproduction_summary(result: dict[str, Any]) -> Any:
+    from pipelines.reproduce import format_reproduction
+
+    return format_reproduction(result)
+
+
+def scored_summary(result: dict[str, Any]) -> Any:
+    from pipelines.evaluate import metric_rows
+
+    parts: list[Any] = [f"written to {result['out']}"]
+    return Group(*parts, *([evaluation_summary(result)] if metric_rows(result) else []))
 
 
 def plain_summary(result: dict[str, Any]) -> str:

@@ -25,11 +25,11 @@ class CorpusConfig(Strict):
     format: Literal["auto", "tsv", "csv", "jsonl", "parquet", "pydocs", "images"] = "auto"
     columns: dict[Literal["id", "title", "text", "answers"], str] = {}
     part_size: int = Field(default=16_384, ge=1)
-    """Passages in a part, the unit of work and of resume."""
+    """Passages in a part, the unit of work and of resume; images: at most 1,024."""
     split_bytes: int = Field(default=64 << 20, ge=1)
     """Bytes of one parallel read of a big text file."""
     max_row_bytes: int = Field(default=1 << 20, ge=64)
-    """A longer row goes to quarantine (often it is an unclosed quote)."""
+    """A longer row goes to quarantine (often it is an unclosed quote); photographs need more."""
     max_quarantined_share: float = Field(default=0.01, ge=0, le=1)
     """The run fails when a larger share of the rows is quarantined."""
 

@@ -25,7 +25,7 @@ from pipelines.config import CorpusConfig
 from pipelines.errors import InputError
 from pipelines.manifest import Receipt, find_done, find_finished, fingerprint, put_done, write_manifest
 from pipelines.readers import ReadOptions, Reject, Row, Split, SplitReader, file_version, plan_splits
-from pipelines.schema import FORMAT_VERSION, PASSAGE, QUARANTINE
+from pipelines.schema import FORMAT_VERSION, IMAGE_PASSAGE, PASSAGE, QUARANTINE
 from pipelines.storage import Store, temporary_file
 
 Array = npt.NDArray[Any]
@@ -33,7 +33,9 @@ Array = npt.NDArray[Any]
 _CHUNK_BYTES = 32 << 20
 _CHUNK_ROWS = 16_384
 _ROWS_AT_ONCE = 1 << 23  # ids compared at once while looking for duplicates: bounds memory at about 400 MB
-_STAGED = pa.schema([*PASSAGE, ("position", pa.int64()), ("id_digest", pa.binary(16)), ("row_digest", pa.binary(16))])
+_IMAGES_IN_PART = 1024  # at most: a part is held in memory, and an image is a hundred times a passage
+_WITHIN = [("position", pa.int64()), ("id_digest", pa.binary(16)), ("row_digest", pa.binary(16))]
+_STAGED, _STAGED_IMAGES = pa.schema([*PASSAGE, *_WITHIN]), pa.schema([*IMAGE_PASSAGE, *_WITHIN])
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,15 @@ class IngestPlan:
     config: CorpusConfig
     splits: list[Split]
     inputs: str
+
+    @property
+    def has_images(self) -> bool:
+        return any(split.format == "images" for split in self.splits)
+
+    @property
+    def part_size(self) -> int:
+        """Rows of a part: as the config says, but of images no more than fit in memory."""
+        return min(self.config.part_size, _IMAGES_IN_PART) if self.has_images else self.config.part_size
 
 
 @dataclass(frozen=True)
@@ -77,6 +88,7 @@ class Resolved:
     num_rows: int
     parts: list[list[Piece]]
     dropped: dict[str, Array]
+    has_images: bool = False
 
 
 def plan_ingest(config: CorpusConfig) -> IngestPlan:
@@ -90,7 +102,8 @@ def plan_ingest(config: CorpusConfig) -> IngestPlan:
         versions = [[package.name, package.version] for package in packages]
     else:
         splits = plan_splits(config.sources, options)
-        versions = [[url, file_version(url)] for url in dict.fromkeys(split.url for split in splits)]
+        listed = [pair for split in splits for pair in split.versions()]
+        versions = listed or [[url, file_version(url)] for url in dict.fromkeys(split.url for split in splits)]
     settings = config.model_dump(exclude={"name", "sources", "max_quarantined_share"})
     return IngestPlan(config, splits, fingerprint([FORMAT_VERSION, versions, settings]))
 
@@ -122,7 +135,7 @@ def stage_split(store: Store, plan: IngestPlan, split: Split, start_at: int | No
     made_from = fingerprint([plan.inputs, asdict(split), start_at])
     if done := _staged_before(store, record, made_from):
         return done
-    writer = _ChunkWriter(store, split.index)
+    writer = _ChunkWriter(store, split)
     first, end = split.start, split.start
     if split.format == "pydocs":
         _read_package_docs(split.url, writer)
@@ -159,8 +172,9 @@ def _staged_before(store: Store, record: str, made_from: str) -> Staged | None:
 class _ChunkWriter:
     """Collect a split's rows into chunk files of bounded size, with the digests that resolving needs."""
 
-    def __init__(self, store: Store, split: int) -> None:
-        self.store, self.split = store, split
+    def __init__(self, store: Store, split: Split) -> None:
+        self.store, self.split = store, split.index
+        self.schema = _STAGED_IMAGES if split.format == "images" else _STAGED
         self.chunks: list[tuple[str, int]] = []
         self.rejected: list[tuple[str, int]] = []
         self.sizes: dict[str, int] = {}
@@ -178,12 +192,12 @@ class _ChunkWriter:
 
     def _add_row(self, row: Row) -> None:
         self._rows.append(row)
-        self._bytes += len(row.text) + len(row.title)
+        self._bytes += len(row.text) + len(row.title) + len(row.image or b"")
         if len(self._rows) >= _CHUNK_ROWS or self._bytes >= _CHUNK_BYTES:
             self._flush_rows()
 
     def _add_reject(self, source: str, item: Reject) -> None:
-        self._rejects.append({"source": source, **asdict(item)})
+        self._rejects.append({**asdict(item), "source": item.source or source})
         self.reasons[item.reason] = self.reasons.get(item.reason, 0) + 1
         if len(self._rejects) >= _CHUNK_ROWS:
             self._flush_rejects()
@@ -196,21 +210,12 @@ class _ChunkWriter:
 
     def _flush_rows(self) -> None:
         rows, self._rows, self._bytes = self._rows, [], 0
-        columns = [
-            [r.id for r in rows],
-            [r.title for r in rows],
-            [r.text for r in rows],
-            [r.answers for r in rows],
-            [r.position for r in rows],
-            [_digest(r.id) for r in rows],
-            [
-                _digest(r.id, r.title, r.text, *(["\0answers", *r.answers] if r.answers is not None else []))
-                for r in rows
-            ],
-        ]
-        arrays = [pa.array(c, f.type) for c, f in zip(columns, _STAGED, strict=True)]
+        fields = ("id", "title", "text", "answers", *(["image"] if "image" in self.schema.names else []), "position")
+        columns: list[list[Any]] = [[getattr(row, field) for row in rows] for field in fields]
+        columns += [[_digest(row.id) for row in rows], [_row_digest(row) for row in rows]]
+        arrays = [pa.array(c, f.type) for c, f in zip(columns, self.schema, strict=True)]
         name = f"chunk-{self.split:06d}-{len(self.chunks):05d}.parquet"
-        self.sizes[name] = _put_table(self.store, name, pa.table(arrays, schema=_STAGED))
+        self.sizes[name] = _put_table(self.store, name, pa.table(arrays, schema=self.schema))
         self.chunks.append((name, len(rows)))
         self.num_rows += len(rows)
 
@@ -232,9 +237,18 @@ def _read_package_docs(package: str, writer: _ChunkWriter) -> None:
         writer.add(file.source, Reject(0, file.reason, file.detail, ""))
 
 
-def _digest(*pieces: str) -> bytes:
+def _row_digest(row: Row) -> bytes:
+    pieces: list[str | bytes] = [row.id, row.title, row.text]
+    if row.answers is not None:
+        pieces += ["\0answers", *row.answers]
+    if row.image is not None:
+        pieces += ["\0image", row.image]
+    return _digest(*pieces)
+
+
+def _digest(*pieces: str | bytes) -> bytes:
     """Return 16 bytes of BLAKE2b over the length-prefixed pieces."""
-    encoded = [p.encode() for p in pieces]
+    encoded = [p if isinstance(p, bytes) else p.encode() for p in pieces]
     return hashlib.blake2b(b"".join(len(e).to_bytes(8, "big") + e for e in encoded), digest_size=16).digest()
 
 
@@ -253,13 +267,13 @@ def resolve(store: Store, plan: IngestPlan, staged: Sequence[Staged]) -> Resolve
     num_duplicates = sum(len(d) for d in dropped.values())
     num_rejected = sum(s.num_rejected for s in staged) + num_duplicates
     _check_share(plan, staged, num_staged - num_duplicates, num_rejected, num_duplicates)
-    digest = hashlib.sha256(f"{FORMAT_VERSION} {plan.config.part_size}".encode())
+    digest = hashlib.sha256(f"{FORMAT_VERSION} {plan.part_size}".encode())
     for name, _ in chunks:
         rows = _read_column(store, name, "row_digest")
         digest.update(np.delete(rows, dropped[name], axis=0).tobytes() if name in dropped else rows.tobytes())
     counts = [(name, n - len(dropped.get(name, ()))) for name, n in chunks]
-    parts = list(_plan_parts(counts, plan.config.part_size))
-    return Resolved(digest.hexdigest()[:16], num_staged - num_duplicates, parts, dropped)
+    parts = list(_plan_parts(counts, plan.part_size))
+    return Resolved(digest.hexdigest()[:16], num_staged - num_duplicates, parts, dropped, plan.has_images)
 
 
 def _find_duplicates(store: Store, chunks: Sequence[tuple[str, int]]) -> dict[str, Array]:
@@ -350,14 +364,15 @@ def cut_part(staging: Store, snapshot: Store, resolved: Resolved, part: int) -> 
     name = f"part-{part:05d}.parquet"
     if done := find_done(snapshot, name, resolved.snapshot):
         return done
+    schema = IMAGE_PASSAGE if resolved.has_images else PASSAGE
     tables = []
     for piece in resolved.parts[part]:
         with staging.open(piece.chunk) as handle:
-            table = pq.read_table(handle, columns=PASSAGE.names)
+            table = pq.read_table(handle, columns=schema.names)
         if (dropped := resolved.dropped.get(piece.chunk)) is not None:
             table = table.take(np.delete(np.arange(len(table)), dropped))
         tables.append(table.slice(piece.start, piece.stop - piece.start))
-    table = pa.concat_tables(tables).combine_chunks().cast(PASSAGE)
+    table = pa.concat_tables(tables).combine_chunks().cast(schema)
     facts = {"num_rows": len(table), "first_row": part * sum(p.stop - p.start for p in resolved.parts[0])}
     return put_done(snapshot, name, _table_bytes(table), resolved.snapshot, facts)
 
@@ -419,9 +434,10 @@ def publish_snapshot(
         "num_rows": resolved.num_rows,
         "num_quarantined": num_quarantined,
         "quarantine_reasons": reasons,
-        "part_size": plan.config.part_size,
+        "part_size": plan.part_size,
         "parts": [replace(r, reused=False).as_entry() for r in parts],
         "config": plan.config.model_dump(),
+        **({"images": True} if resolved.has_images else {}),
     }
     manifest = write_manifest(corpus.child(resolved.snapshot), "snapshot", content)
     corpus.child("inputs").put(f"{plan.inputs}.json", json.dumps({"snapshot": resolved.snapshot}).encode())
@@ -438,14 +454,17 @@ def find_snapshot(root: str, plan: IngestPlan) -> dict[str, Any] | None:
     return find_finished(corpus.child(snapshot), "snapshot", staging_store(root, plan))
 
 
-def read_part(store: Store, entry: dict[str, Any]) -> pa.Table:
-    """Return the passages of the part that manifest `entry` names. Raises ArtifactError when it is damaged."""
+def read_part(store: Store, entry: dict[str, Any], *, images: bool = False) -> pa.Table:
+    """Return the passages of the part that manifest `entry` names; the images' bytes only when `images` asks for them.
+
+    Raises ArtifactError when it is damaged.
+    """
     from pipelines.storage import damaged
 
     data = store.read(entry["name"])
     if (found := hashlib.sha256(data).hexdigest()) != entry["sha256"]:
         raise damaged(store.path(entry["name"]), found, entry["sha256"])
-    return pq.read_table(pa.BufferReader(data))
+    return pq.read_table(pa.BufferReader(data), columns=(IMAGE_PASSAGE if images else PASSAGE).names)
 
 
 def _put_table(store: Store, name: str, table: pa.Table) -> int:
@@ -456,5 +475,7 @@ def _put_table(store: Store, name: str, table: pa.Table) -> int:
 
 def _table_bytes(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    # A dictionary of images would be built for nothing: they are all different.
+    dictionary = [name for name in table.column_names if name != "image"] if "image" in table.column_names else True
+    pq.write_table(table, sink, compression="zstd", use_dictionary=dictionary, write_page_checksum=True)
     return bytes(sink.getvalue())

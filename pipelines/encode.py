@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,8 @@ from pipelines.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from pipelines.config import EncoderConfig
-    from pipelines.models.base import Side, Tokeniser, Tokens, Tower
+    from pipelines.models.base import EncoderInfo, Formatting, Side, Similarity, Tokeniser, Tokens, Tower
+    from pipelines.models.clip import ImageTower
 
 Array = npt.NDArray[Any]
 
@@ -28,7 +29,8 @@ class EncoderSpec:
     """A resolved encoder: what it is, where its files are, and the fingerprint that its embeddings carry.
 
     `fingerprint` covers the passage side only (it names the embedding folder); `query_fingerprint` covers the query
-    side, and both are bound into a version.
+    side, and both are bound into a version. `title_format` is the config's `encoder.formatting`; what it makes of a
+    passage is part of `formatting`, and so of the fingerprint. `query_max_length` is None where it is `max_length`.
     """
 
     checkpoint: str
@@ -44,6 +46,8 @@ class EncoderSpec:
     formatting: str
     digest: str
     query_digest: str
+    title_format: Formatting | None = None
+    query_max_length: int | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -53,10 +57,15 @@ class EncoderSpec:
     def query_fingerprint(self) -> str:
         return self._fingerprint("query", self.query_family, self.query_digest)
 
-    def _fingerprint(self, side: str, family: str, digest: str) -> str:
+    def length(self, side: Side) -> int:
+        """Return the most tokens of a text of one side."""
+        return self.query_max_length or self.max_length if side == "query" else self.max_length
+
+    def _fingerprint(self, side: Side, family: str, digest: str) -> str:
         from pipelines.manifest import fingerprint
 
-        settings = [self.dim, self.similarity, self.max_length, self.compute, self.storage, self.formatting]
+        length = self.length(side)
+        settings = [self.dim, self.similarity, length, self.compute, self.storage, self.formatting]
         return fingerprint([side, family, digest, *settings])
 
     def as_dict(self) -> dict[str, Any]:
@@ -68,22 +77,26 @@ class EncoderSpec:
 def resolve(config: EncoderConfig, on_gpu: bool = False) -> EncoderSpec:
     """Fetch and read the checkpoint(s) of `config` and settle every `auto`.
 
-    Raises CheckpointError when a directory is not what it should be or the two sides differ in width.
+    Raises CheckpointError when a directory is not what it should be or the two sides differ in width or similarity,
+    ConfigError for a similarity or formatting that the model does not have.
     """
-    from pipelines.models import checkpoint_digest, describe
+    from pipelines.models import checkpoint_digest
     from pipelines.models.fetch import fetch
 
     query = config.query_checkpoint or config.checkpoint
     directory, query_directory = fetch(config.checkpoint), fetch(query)
-    info, query_info = describe(directory), describe(query_directory)
-    if info.dim != query_info.dim:
+    info, formatting = describe_encoder(config.checkpoint, directory, config.similarity, config.formatting)
+    query_info, _ = describe_encoder(query, query_directory, config.similarity)
+    found, expected = ((i.dim, i.similarity) for i in (query_info, info))
+    if found != expected:
         raise CheckpointError(
-            f"the query encoder gives {query_info.dim} values, the passage encoder {info.dim}",
+            f"the query encoder gives {found[0]} values for {found[1]} similarity, the passage encoder "
+            f"{expected[0]} for {expected[1]}",
             where=query_directory,
             expected="two encoders trained together",
-            hint="check encoder.query_checkpoint",
+            hint="check encoder.query_checkpoint and encoder.similarity",
         )
-    max_length = min(config.max_length or info.max_length, info.max_length)
+    length, query_length = (min(config.max_length or i.max_length, i.max_length) for i in (info, query_info))
     digest = checkpoint_digest(directory)
     return EncoderSpec(
         checkpoint=config.checkpoint,
@@ -92,14 +105,29 @@ def resolve(config: EncoderConfig, on_gpu: bool = False) -> EncoderSpec:
         query_family=query_info.family,
         dim=info.dim,
         similarity=info.similarity,
-        max_length=max_length,
+        max_length=length,
         compute=default_compute(on_gpu) if config.compute == "auto" else config.compute,
         storage=config.storage,
         token_budget=config.token_budget,
         formatting=info.formatting,
         digest=digest,
         query_digest=digest if query_directory == directory else checkpoint_digest(query_directory),
+        title_format=formatting,
+        query_max_length=query_length if query_length != length else None,
     )
+
+
+def describe_encoder(
+    checkpoint: str, directory: str, similarity: Similarity | None = None, formatting: Formatting | None = None
+) -> tuple[EncoderInfo, Formatting | None]:
+    """Return what the encoder at `directory` is, and its formatting, with what is known of a released `checkpoint`."""
+    from pipelines.models import find_family, kind_of
+    from pipelines.models.released import settle
+
+    family = find_family(directory)
+    name, _ = kind_of(directory) or ("", "encoder")
+    similarity, formatting = settle(checkpoint, directory, name, similarity, formatting)
+    return family.info(directory, similarity=similarity, formatting=formatting), formatting
 
 
 def default_compute(on_gpu: bool) -> str:
@@ -115,18 +143,15 @@ class Encoder:
     """One side of an encoder, ready to run: a tokeniser and a tower on a device."""
 
     def __init__(self, spec: EncoderSpec, side: Side, device: str = "cpu", num_threads: int | None = None) -> None:
-        import torch
-
         from pipelines.models import find_family
 
-        if num_threads:
-            torch.set_num_threads(num_threads)
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise ConfigError("no CUDA device is visible here", hint="set cluster.gpus_per_worker: 0 to encode on CPUs")
+        _prepare(device, num_threads)
         self.spec, self.side, self.device = spec, side, device
         directory = local_checkpoint(spec, side)
         self.tokeniser = load_tokeniser(spec, side)
-        self.tower: Tower = find_family(directory).load_tower(directory, side, spec.compute, device)
+        self.tower: Tower = find_family(directory).load_tower(
+            directory, side, spec.compute, device, similarity=_similarity(spec)
+        )
 
     def encode_tokens(self, tokens: Tokens) -> Array:
         """Return emb_ND (N, D) float32 for N texts, in their order."""
@@ -151,6 +176,57 @@ class Encoder:
         with torch.inference_mode():
             result: Array = self.tower(*move).float().cpu().numpy()
         return result
+
+
+class ImageEncoder:
+    """The passage side of an encoder that takes images, ready to run on a device."""
+
+    def __init__(self, spec: EncoderSpec, device: str = "cpu", num_threads: int | None = None) -> None:
+        _prepare(device, num_threads)
+        self.spec = spec
+        family = check_takes_images(spec)
+        directory = local_checkpoint(spec, "passage")
+        self.tower: ImageTower = family.load_image_tower(directory, spec.compute, device, similarity=_similarity(spec))
+
+    def encode_images(self, images: Sequence[bytes]) -> Array:
+        """Return emb_ND (N, D) float32 for N image files, in their order, under the token budget."""
+        return self.tower.encode_images(images, max(1, self.spec.token_budget // self.tower.num_tokens))
+
+    def num_tokens(self, num_images: int) -> int:
+        return num_images * self.tower.num_tokens
+
+
+def check_takes_images(spec: EncoderSpec) -> Any:
+    """Return the family of the passage encoder. Raises CheckpointError when it embeds no images."""
+    from pipelines.models import find_family
+    from pipelines.models.fetch import fetch
+    from pipelines.pixels import require_pillow
+
+    directory = fetch(spec.checkpoint)
+    family: Any = find_family(directory)
+    if not hasattr(family, "accepts_images") or not family.accepts_images(directory):
+        raise CheckpointError(
+            f"the corpus is made of images, and this encoder ({spec.family}) takes text only",
+            where=directory,
+            expected="an encoder with an image side: CLIP",
+            hint="set encoder.checkpoint to a CLIP; a text encoder of the same space goes to encoder.query_checkpoint",
+        )
+    require_pillow()
+    return family
+
+
+def _prepare(device: str, num_threads: int | None) -> None:
+    """Set torch's threads. Raises ConfigError when the device is not here."""
+    import torch
+
+    if num_threads:
+        torch.set_num_threads(num_threads)
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError("no CUDA device is visible here", hint="set cluster.gpus_per_worker: 0 to encode on CPUs")
+
+
+def _similarity(spec: EncoderSpec) -> Similarity:
+    return cast("Similarity", spec.similarity)
 
 
 def local_checkpoint(spec: EncoderSpec, side: Side) -> str:
@@ -183,7 +259,8 @@ def load_tokeniser(spec: EncoderSpec, side: Side) -> Tokeniser:
     from pipelines.models.fetch import fetch
 
     directory = fetch(spec.checkpoint if side == "passage" else spec.query_checkpoint)
-    return find_family(directory).load_tokeniser(directory, spec.max_length)
+    title_format = spec.title_format if side == "passage" else None  # queries have no titles
+    return find_family(directory).load_tokeniser(directory, spec.length(side), formatting=title_format)
 
 
 def micro_batches(length_N: Array, token_budget: int) -> Iterator[Array]:

@@ -43,7 +43,11 @@ METRIC_LABELS = {
     "ndcg": "nDCG of the gold passages",
     "hits": "Exact answer among the top k QA pairs",
     "em": "Exact match of the first QA pair",
+    "answer_em": "Exact match of the answer",
 }
+
+STAGES = {"rerank": "reranked", "reader": "read"}
+"""Results of the stages behind retrieval lie under these keys, in the same form; the words mark their rows."""
 
 Z95 = 1.959964
 """Two-sided 95 % quantile of the normal distribution."""
@@ -377,6 +381,19 @@ def _top(ranks: Sequence[float], ks: Sequence[int], name: str) -> dict[str, floa
     return {f"{name}@{k}": _share(ranks, k) for k in ks}
 
 
+def score_answers(questions: Iterable[Question], answers: Iterable[Sequence[str]]) -> dict[str, Any]:
+    """Score what a reader answered: `answer_em`, over the `num_answer_questions` questions with accepted answers.
+
+    answers: for each question its answers, best first; only the first counts, and none is wrong (DPR, PAQ and FiD).
+    """
+    found = [
+        bool(given) and exact_match(given[0], question.answers)
+        for question, given in zip(questions, answers, strict=True)
+        if question.answers
+    ]
+    return {"num_answer_questions": len(found)} | ({"answer_em": sum(found) / len(found)} if found else {})
+
+
 # --- index recall and latency ------------------------------------------------------------------------------------
 
 
@@ -440,12 +457,20 @@ def percentiles(seconds: Sequence[float] | npt.NDArray[np.float64]) -> dict[str,
 
 
 def metric_rows(results: Mapping[str, Any]) -> list[tuple[str, dict[int, float]]]:
-    """Return the scores of `score_retrieval` by measure, as (label, {k: score}); other keys are passed over."""
+    """Return the scores of `score_retrieval`, then of STAGES, as (label, {k: score}); other keys are passed over."""
+    rows = _score_rows(results)
+    for stage, told in STAGES.items():
+        nested = results.get(stage)
+        rows += [(f"{label}, {told}", s) for label, s in _score_rows(nested if isinstance(nested, Mapping) else {})]
+    return rows
+
+
+def _score_rows(results: Mapping[str, Any]) -> list[tuple[str, dict[int, float]]]:
     rows: dict[str, dict[int, float]] = {}
     for key, value in results.items():
         name, _, k = str(key).partition("@")
         is_score = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if name in METRIC_LABELS and is_score and (k.isdecimal() or key == "em"):
+        if name in METRIC_LABELS and is_score and (k.isdecimal() or key in ("em", "answer_em")):
             rows.setdefault(name, {})[int(k or 1)] = float(value)
     return [(label, dict(sorted(rows[name].items()))) for name, label in METRIC_LABELS.items() if name in rows]
 

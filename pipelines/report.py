@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pipelines.evaluate import metric_rows
+from pipelines.evaluate import STAGES, metric_rows
 
 MAX_SHARD_BARS = 16
 MAX_OPEN_FILES = 12
@@ -132,8 +132,14 @@ def _evaluation_facts(evaluation: Mapping[str, Any]) -> list[tuple[str, Any]]:
         "num_answer_questions": "Questions with an answer",
         "depth": "Most hits of a question",
     }
-    shown = {key: v for key, v in evaluation.items() if "@" not in str(key) and key not in ("em", "latency", "recall")}
-    return [(known.get(key, _words(key)), _count(value) or _inline(value)) for key, value in shown.items()]
+    told_elsewhere = ("em", "answer_em", "latency", "recall", *STAGES)
+    shown = {key: v for key, v in evaluation.items() if "@" not in str(key) and key not in told_elsewhere}
+    facts = [(known.get(key, _words(key)), _count(value) or _inline(value)) for key, value in shown.items()]
+    for stage in STAGES:
+        nested = _mapping(evaluation.get(stage))
+        settings = {key: nested[key] for key in ("checkpoint", "depth", "seconds") if key in nested}
+        facts += [(_words(stage), _inline(settings))] if settings else []
+    return facts
 
 
 def _depth_note(evaluation: Mapping[str, Any], ks: Sequence[int]) -> Html:

@@ -83,6 +83,14 @@ class Passages:
             raise ConfigError(f"there is no row {row}", expected=f"0 to {len(self) - 1}")
         return Passage(**self.tables[shard].slice(local, 1).to_pylist()[0])
 
+    def hits(self, score_BK: Array, row_BK: Array) -> list[list[Hit]]:
+        """Return the hits behind scores and rows; padding (row -1) is left out."""
+        passage_of = {row: self.by_row(row) for row in np.unique(row_BK[row_BK >= 0]).tolist()}
+        return [
+            [Hit(r, s, passage_of[r]) for s, r in zip(scores, rows, strict=True) if r >= 0]
+            for scores, rows in zip(score_BK.tolist(), row_BK.tolist(), strict=True)
+        ]
+
     def row_of(self, passage_id: str) -> int | None:
         """Return the row of the passage with this id, or None."""
         digest = id_digests([passage_id])[0]
@@ -130,7 +138,7 @@ class Retriever:
         clock.append(time.perf_counter())
         score_BK, row_BK = self.search_vectors(emb_BD, k)
         clock.append(time.perf_counter())
-        hits = self.fetch(score_BK, row_BK)
+        hits = self.passages.hits(score_BK, row_BK)
         clock.append(time.perf_counter())
         spent = {
             name: (b - a) * 1000 for name, a, b in zip(("encode", "search", "fetch"), clock, clock[1:], strict=False)
@@ -143,14 +151,6 @@ class Retriever:
         if len(self.shards) == 1:
             return self.shards[0].search(emb_BD, k)
         return merge_topk(list(self._threads.map(lambda shard: shard.search(emb_BD, k), self.shards)), k)
-
-    def fetch(self, score_BK: Array, row_BK: Array) -> list[list[Hit]]:
-        """Return the hits behind scores and rows; padding (row -1) is left out."""
-        passage_of = {row: self.passages.by_row(row) for row in np.unique(row_BK[row_BK >= 0]).tolist()}
-        return [
-            [Hit(r, s, passage_of[r]) for s, r in zip(scores, rows, strict=True) if r >= 0]
-            for scores, rows in zip(score_BK.tolist(), row_BK.tolist(), strict=True)
-        ]
 
 
 def check_k(k: int, manifest: dict[str, Any]) -> None:

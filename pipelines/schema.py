@@ -19,10 +19,13 @@ PASSAGE = pa.schema(
     ]
 )
 
+IMAGE_PASSAGE = PASSAGE.append(pa.field("image", pa.large_binary()))
+"""Rows of a snapshot made of image files: `image` holds the file's bytes, `text` its name."""
+
 QUARANTINE = pa.schema(
     [
         pa.field("source", pa.string(), nullable=False),  # file the row came from
-        pa.field("position", pa.int64(), nullable=False),  # byte offset (text) or row number (Parquet) of the row
+        pa.field("position", pa.int64(), nullable=False),  # byte offset (text), row number (Parquet), 0 (image)
         pa.field("reason", pa.string(), nullable=False),  # one of REASONS
         pa.field("detail", pa.string(), nullable=False),
         pa.field("snippet", pa.string(), nullable=False),  # first 200 characters, undecodable bytes replaced
@@ -37,6 +40,7 @@ REASONS = (
     "wrong_field_count",
     "malformed",
     "oversized_row",
+    "bad_image",
 )
 
 

@@ -75,6 +75,58 @@ def test_the_fingerprint_follows_what_changes_vectors_and_nothing_else(checkpoin
     assert spec.fingerprint != spec.query_fingerprint
 
 
+def test_texts_without_tokens_are_all_padding() -> None:
+    """Average word embeddings know no token of some texts: one column at least, nothing marked as a token."""
+    some = Tokens(np.array([5, 6], np.int32), np.array([0, 0, 2, 2], np.int64))
+    none = Tokens(np.zeros(0, np.int32), np.zeros(3, np.int64), np.zeros(0, np.int8))
+    for tokens, longest in ((some, 2), (none, 1)):
+        batches = list(micro_batches(tokens.lengths, 1))
+        assert sorted(int(i) for batch in batches for i in batch) == list(range(len(tokens)))
+        ids_BL, mask_BL, types_BL = pad(tokens, np.arange(len(tokens)), pad_id=9)
+        assert ids_BL.shape == mask_BL.shape == (len(tokens), longest)
+        assert mask_BL.sum(axis=1).tolist() == tokens.lengths.tolist()
+        assert (ids_BL[mask_BL == 0] == 9).all()
+        assert types_BL is None or not types_BL.any()
+
+
+def test_similarity_and_formatting_of_the_config_reach_the_model(checkpoint: str) -> None:
+    base = EncoderConfig(checkpoint=checkpoint, compute="fp32")
+    pair = resolve(base.model_copy(update={"formatting": "pair"}))
+    assert pair.title_format == "pair"
+    titled, joined = (Encoder(s, "passage").tokeniser.passages(["war"], ["peace"]) for s in (pair, resolve(base)))
+    assert titled.ids.tolist() != joined.ids.tolist()
+    assert Encoder(pair, "query").tokeniser.queries(["war"]).ids.tolist() == joined_query(base)
+    dot = resolve(base.model_copy(update={"similarity": "dot"}))
+    assert (dot.similarity, resolve(base).similarity) == ("dot", "cosine")
+    assert len({spec.fingerprint for spec in (pair, dot, resolve(base))}) == 3
+    assert len({spec.query_fingerprint for spec in (dot, resolve(base))}) == 2
+
+
+def joined_query(config: EncoderConfig) -> list[int]:
+    return Encoder(resolve(config), "query").tokeniser.queries(["war"]).ids.tolist()
+
+
+def test_similarity_decides_whether_vectors_are_normalised(tmp_path: Path) -> None:
+    bare = write_sentence_transformer(str(tmp_path), extras=())
+    base = EncoderConfig(checkpoint=bare, compute="fp32")
+    unit, raw = (
+        Encoder(resolve(base.model_copy(update={"similarity": s})), "query").encode_queries(TEXTS)
+        for s in ("cosine", "dot")
+    )
+    np.testing.assert_allclose(unit, raw / np.linalg.norm(raw, axis=1, keepdims=True), atol=1e-5)
+    assert np.abs(np.linalg.norm(raw, axis=1) - 1).min() > 0.01
+
+
+def test_each_side_is_cut_at_its_own_length(tmp_path: Path) -> None:
+    long = write_sentence_transformer(str(tmp_path / "long"), max_seq_length=128)
+    short = write_sentence_transformer(str(tmp_path / "short"), max_seq_length=32)
+    both = resolve(EncoderConfig(checkpoint=long, query_checkpoint=short, compute="fp32"))
+    assert Encoder(both, "query").tokeniser.queries(["war " * 300]).lengths.tolist() == [32]
+    assert Encoder(both, "passage").tokeniser.passages([""], ["war " * 300]).lengths.tolist() == [128]
+    one = resolve(EncoderConfig(checkpoint=long, query_checkpoint=short, compute="fp32", max_length=16))
+    assert (one.length("passage"), one.length("query"), one.query_max_length) == (16, 16, None)
+
+
 def test_a_checkpoint_that_changed_under_its_embeddings_is_refused(checkpoint: str, tmp_path: Path) -> None:
     copied = shutil.copytree(checkpoint, tmp_path / "copy")
     spec = resolve(EncoderConfig(checkpoint=str(copied), compute="fp32"))

@@ -11,18 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 VERBS = [
-    "run",
-    "ingest",
-    "encode",
-    "index",
-    "evaluate",
-    "serve",
-    "search",
-    "status",
-    "inspect",
-    "promote",
-    "rollback",
-    "demo",
+    *("run", "ingest", "encode", "index", "evaluate", "serve", "search", "status", "models", "inspect"),
+    *("promote", "rollback", "demo", "rerank", "answer", "rank", "extract", "generate", "filter", "group"),
 ]
 
 

@@ -18,8 +18,14 @@ import pytest
 import yaml
 
 from cluster.cli import main
+from pipelines.answer import answer, load_reader
+from pipelines.config import RerankConfig, load_config
+from pipelines.evaluate import score_retrieval
+from pipelines.rerank import load_reranker, rerank
+from pipelines.retrieve import Retriever
+from pipelines.schema import Question
 from tests.chaos.driver import PINAKES
-from tests.checkpoints import write_sentence_transformer
+from tests.checkpoints import write_cross_encoder, write_dpr, write_sentence_transformer
 from tests.s3 import s3_server
 
 # Random weights know no similarity, so questions repeat a text whose title is empty: its own vector must come first.
@@ -102,6 +108,39 @@ def test_the_job_gives_an_exact_evaluated_version(job: Job, done: dict[str, Any]
     report = (version_folder(job, done) / "report.html").read_text()
     assert version["version"] in report
     assert "<svg" in report
+
+
+def test_reranking_and_reading_get_rows_of_their_own(job: Job, done: dict[str, Any]) -> None:
+    """The stages on Ray score what a plain loop over the same hits gives."""
+    config = load_config(job.config())
+    retriever = Retriever.open(config.root, "cats")
+    reranking = RerankConfig(checkpoint=write_cross_encoder(str(job.folder / "reranker")), depth=7)
+    reader_at = write_dpr(str(job.folder / "reader"), "reader")
+    reranker, reader = load_reranker(reranking), load_reader(reader_at)
+    questions = [Question(q["id"], q["question"], q["answer"], q["positive"]) for q in QUESTIONS]
+    hits = [
+        rerank(reranker, q.text, h, 7)
+        for q, h in zip(questions, retriever.search([q.text for q in questions], 20), strict=True)
+    ]
+    read = [answer(reader, q.text, h, 3)[0].text for q, h in zip(questions, hits, strict=True)]
+    # A reader of random weights answers anything; take its answer to every other question for the right one.
+    right = [{**q, "answer": [text]} if i % 2 else q for i, (q, text) in enumerate(zip(QUESTIONS, read, strict=True))]
+    (job.folder / "read.jsonl").write_text("".join(json.dumps(q) + "\n" for q in right))
+    result = pinakes_json(
+        *("evaluate", job.config(), "--questions", str(job.folder / "read.jsonl"), "--quiet"),
+        *("--set", f"rerank={{checkpoint: {reranking.checkpoint}, depth: 7}}"),
+        *("--set", f"answer={{reader: {reader_at}, depth: 3}}", "--set", "evaluate.k=[1, 5]"),
+    )
+    expected = score_retrieval(questions, hits, ks=[1, 5])
+    assert {k: result["rerank"][k] for k in ("gold_top@1", "gold_top@5", "mrr@10")} == pytest.approx(
+        {k: expected[k] for k in ("gold_top@1", "gold_top@5", "mrr@10")}
+    )
+    assert expected["gold_top@1"] < result["gold_top@1"]  # random weights spoil a perfect order
+    assert result["reader"]["answer_em"] == len(questions) // 2 / len(questions)
+    shown = pinakes("search", questions[0].text, "--root", config.root, "-k", "2", "--answer", reader_at, "--rerank",
+                    reranking.checkpoint)  # fmt: skip
+    assert "answer: " in shown
+    assert "rerank " in shown
 
 
 def test_every_file_opens_with_plain_faiss_and_pyarrow(job: Job, done: dict[str, Any]) -> None:

@@ -39,7 +39,7 @@ class FixtureBackend:
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
         self.num_aliases = 2
-        self.reranker = True
+        self.reranker = self.reader = True
         self.num_unready = 0
         self.released = threading.Event()
         self.app = FastAPI()
@@ -56,7 +56,8 @@ class FixtureBackend:
             return JSONResponse({"ready": False, "aliases": {}})
         facts = {"version": "v1", "num_rows": len(PASSAGES), "encoder": "mini", "factory": "Flat", "dim": 8}
         names = ["demo", "other"][: self.num_aliases]
-        return JSONResponse({"ready": True, "reranker": self.reranker, "aliases": dict.fromkeys(names, facts)})
+        stages = {"reranker": self.reranker, "reader": self.reader}
+        return JSONResponse({"ready": True, **stages, "aliases": dict.fromkeys(names, facts)})
 
     async def search(self, request: Request) -> Response:
         body = await request.json()
@@ -73,7 +74,13 @@ class FixtureBackend:
         hits = [self.hit(row, words, body["rerank"]) for row, _ in ranked[: body["k"]]]
         took = {"encode": 3.25, "search": 0.5, "fetch": 0.25, "rerank": 0.0, "total": 4.0}
         origin = {"version": "v1", "alias": body["alias"] or "demo", "encoder": "mini"}
-        return JSONResponse({**origin, "took_ms": took, "complete": "partial" not in words, "hits": hits})
+        content = {**origin, "took_ms": took, "complete": not words & {"partial", "late"}, "hits": hits}
+        if "late" in words:
+            return JSONResponse({**content, "skipped": ["answer"]})
+        if body["answer"]:
+            read = [{"text": f"hay {HOSTILE}", "score": 2.0, "passage": "zoo.feed"}, {"text": "oats", "score": 1.0}]
+            content["answers"] = read if hits else []
+        return JSONResponse(content)
 
     @staticmethod
     def score(words: set[str], text: str) -> float:
@@ -165,7 +172,8 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 @pytest.fixture
 def backend(served: tuple[FixtureBackend, str]) -> Iterator[FixtureBackend]:
     backend, _ = served
-    backend.asked, backend.num_aliases, backend.reranker, backend.num_unready = [], 2, True, 0
+    backend.asked, backend.num_aliases, backend.num_unready = [], 2, 0
+    backend.reranker = backend.reader = True
     backend.released.clear()
     yield backend
     backend.released.set()
@@ -196,7 +204,7 @@ def test_typing_and_enter_shows_results(page: Page, backend: FixtureBackend) -> 
     assert page.texts("#results .answers") == ["Answer: hay · <b>oats</b>"]
     assert page.text("#status") == "4 passages in 4.0 ms"
     assert page.text("#timing").startswith("encode 3.3 ms · search 0.5 ms · fetch 0.3 ms · demo → v1")
-    assert backend.asked == [{"query": "feed an animal", "k": 10, "alias": "demo", "rerank": False}]
+    assert backend.asked == [{"query": "feed an animal", "k": 10, "alias": "demo", "rerank": False, "answer": False}]
 
 
 def test_the_query_words_are_marked(page: Page) -> None:
@@ -275,7 +283,7 @@ def test_a_newer_search_wins_over_a_slow_one(page: Page, backend: FixtureBackend
 def test_the_address_holds_the_search(page: Page, backend: FixtureBackend) -> None:
     page.open("?q=groom+animal&k=3&alias=other&rerank=1")
     page.until(lambda: page.all("#results li"))
-    assert backend.asked == [{"query": "groom animal", "k": 3, "alias": "other", "rerank": True}]
+    assert backend.asked == [{"query": "groom animal", "k": 3, "alias": "other", "rerank": True, "answer": False}]
     assert "rerank" in page.texts("#results .score")[0]
     page.search("open the cage")
     link = page.one("#permalink").get_attribute("href")
@@ -284,6 +292,21 @@ def test_the_address_holds_the_search(page: Page, backend: FixtureBackend) -> No
     page.driver.back()
     page.until(lambda: page.one("#q").get_attribute("value") == "groom animal" and len(backend.asked) == 3)
     assert backend.asked[2] == backend.asked[0]
+
+
+def test_the_answer_is_shown_with_its_source(page: Page, backend: FixtureBackend) -> None:
+    page.open("?q=feed+animal&answer=1")
+    page.until(lambda: page.all("#results li"))
+    assert backend.asked[0]["answer"] is True
+    assert page.text("#read strong") == f"hay {HOSTILE}"
+    assert page.texts("#read p") == ["read in zoo.feed", "or: oats"]
+    assert not page.all("#read img")
+    page.search("nothing")
+    assert page.text("#read") == "The reader found no answer in these passages."
+    page.search("late animal")
+    assert not page.one("#read").is_displayed()
+    assert "no time left for answering" in page.text("#notice")
+    assert page.all("#results li")
 
 
 def test_keys_move_between_the_box_and_the_results(page: Page) -> None:
@@ -311,12 +334,14 @@ def test_choices_appear_only_where_there_is_something_to_choose(page: Page, back
     assert page.one("#alias-choice").is_displayed()
     assert page.one("#rerank-choice").is_displayed()
     assert "demo: 4 passages · mini · 8 dimensions · Flat · v1" in page.text("#about")
-    backend.num_aliases, backend.reranker = 1, False
-    page.open("?q=animal&rerank=1")
+    assert page.one("#answer-choice").is_displayed()
+    backend.num_aliases, backend.reranker, backend.reader = 1, False, False
+    page.open("?q=animal&rerank=1&answer=1")
     page.until(lambda: page.all("#results li"))
     assert not page.one("#alias-choice").is_displayed()
     assert not page.one("#rerank-choice").is_displayed()
-    assert backend.asked == [{"query": "animal", "k": 10, "alias": None, "rerank": False}]
+    assert not page.one("#answer-choice").is_displayed()
+    assert backend.asked == [{"query": "animal", "k": 10, "alias": None, "rerank": False, "answer": False}]
 
 
 def test_a_service_that_is_starting_is_asked_again(page: Page, backend: FixtureBackend) -> None:

@@ -17,12 +17,12 @@ import pytest
 
 from cluster import jobs
 from cluster.progress import Progress
-from pipelines.config import Config, load_config
-from pipelines.models.cross_encoder import load_cross_encoder
-from pipelines.rerank import rerank
+from pipelines.answer import answer, load_reader
+from pipelines.config import AnswerConfig, Config, RerankConfig, load_config
+from pipelines.rerank import load_reranker, rerank
 from pipelines.retrieve import Retriever
 from tests.chaos.driver import PINAKES
-from tests.checkpoints import write_cross_encoder
+from tests.checkpoints import write_cross_encoder, write_dpr
 from tests.test_pipeline import ROWS, Job
 
 QUERIES = [r["text"] for r in ROWS[3:40:5]]
@@ -46,7 +46,8 @@ class Served:
     def __init__(self, folder: Path) -> None:
         self.job = Job(folder)
         self.port = jobs.free_port()  # Serve keeps the port it was started with
-        write_cross_encoder(str(folder / "reranker"))
+        self.rerank = RerankConfig(checkpoint=write_cross_encoder(str(folder / "reranker")), depth=20)
+        self.answer = AnswerConfig(reader=write_dpr(str(folder / "reader"), "reader"), depth=4)
         self.whole = load_config(self.job.config("whole", num_shards=1))
         self.sharded = load_config(self.job.config("sharded", num_shards=3, metric="l2", factory="SQfp16"))
         self.root = self.whole.root
@@ -60,10 +61,10 @@ class Served:
     def name(config: Config) -> str:
         return f"cats{config.index.num_shards}"
 
-    def serving(self, config: Config, **serve: Any) -> Any:
+    def serving(self, config: Config, stages: dict[str, Any] | None = None, **serve: Any) -> Any:
         index = config.index.model_copy(update={"name": self.name(config)})
         settings = {"port": self.port, "max_batch": 50, "max_query_chars": 500, "max_k": 200, **serve}
-        update = {"index": index, "serve": config.serve.model_copy(update=settings)}
+        update = {"index": index, "serve": config.serve.model_copy(update=settings), **(stages or {})}
         return jobs.serving(config.model_copy(update=update))
 
 
@@ -80,7 +81,8 @@ def served(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture(scope="module")
 def address(served: Served) -> Iterator[str]:
-    with served.serving(served.whole, reranker=str(served.job.folder / "reranker"), rerank_depth=20) as address:
+    stages = {"rerank": served.rerank, "answer": served.answer}
+    with served.serving(served.whole, stages, budget_ms=300_000) as address:
         yield address
 
 
@@ -104,12 +106,39 @@ def test_concurrent_callers_get_their_own_answers(address: str) -> None:
 
 
 def test_rerank_through_http_equals_rerank_offline(served: Served, address: str) -> None:
-    model = load_cross_encoder(str(served.job.folder / "reranker"), "fp32", "cpu")
     hits = Retriever.open(served.root, "cats1").search(QUERIES[:1], 20)[0]
-    expected = rerank(model, QUERIES[0], hits)[:5]
+    expected = rerank(load_reranker(served.rerank), QUERIES[0], hits)[:5]
     _, answer, _ = call(address, "/search", {"query": QUERIES[0], "k": 5, "rerank": True})
     assert [h["id"] for h in answer["hits"]] == [h.passage.id for h in expected]
     assert [h["rerank_score"] for h in answer["hits"]] == pytest.approx([h.rerank_score for h in expected], abs=1e-4)
+
+
+def test_answer_through_http_equals_answer_offline(served: Served, address: str) -> None:
+    reader = load_reader(served.answer.reader, "fp32", "cpu")
+    found = Retriever.open(served.root, "cats1").search(QUERIES[:2], 20)
+    expected = [answer(reader, query, hits, 4)[:5] for query, hits in zip(QUERIES, found, strict=False)]
+    _, one, _ = call(address, "/search", {"query": QUERIES[0], "k": 2, "answer": True})
+    assert len(one["hits"]) == 2
+    assert [a["text"] for a in one["answers"]] == [a.text for a in expected[0]]
+    assert [a["passage"] for a in one["answers"]] == [found[0][a.passage].passage.id for a in expected[0]]
+    assert [a["score"] for a in one["answers"]] == pytest.approx([a.score for a in expected[0]], abs=1e-4)
+    assert one["complete"] is True
+    assert set(one["took_ms"]) == {"receive", "encode", "search", "fetch", "answer", "total"}
+    _, both, _ = call(address, "/search", {"queries": QUERIES[:2], "k": 2, "answer": True, "rerank": True})
+    reranked = [rerank(load_reranker(served.rerank), q, h) for q, h in zip(QUERIES, found, strict=False)]
+    expected = [answer(reader, query, hits, 4)[:5] for query, hits in zip(QUERIES, reranked, strict=False)]
+    assert [[a["text"] for a in given] for given in both["results_answers"]] == [[a.text for a in e] for e in expected]
+
+
+def test_what_does_not_fit_the_time_is_left_out_and_named(address: str) -> None:
+    status, late, _ = call(
+        address, "/search", {"query": QUERIES[0], "k": 3, "rerank": True, "answer": True, "budget_ms": 1}
+    )
+    _, plain, _ = call(address, "/search", {"query": QUERIES[0], "k": 3})
+    assert status == 200
+    assert (late["complete"], late["skipped"]) == (False, ["rerank", "answer"])
+    assert late["hits"] == plain["hits"]
+    assert "answers" not in late
 
 
 def test_passages_health_ready_docs_and_page(address: str) -> None:
@@ -117,7 +146,7 @@ def test_passages_health_ready_docs_and_page(address: str) -> None:
     assert call(address, "/health")[1] == {"status": "ok"}
     ready = call(address, "/ready")[1]
     assert ready["ready"] is True
-    assert ready["reranker"] is True
+    assert (ready["reranker"], ready["reader"]) == (True, True)
     assert ready["aliases"]["cats1"]["num_rows"] == 300
     assert {"/search", "/passages/{passage_id}", "/health", "/ready"} <= set(call(address, "/openapi.json")[1]["paths"])
     status, page, kind = call(address, "/")
@@ -137,6 +166,7 @@ def test_passages_health_ready_docs_and_page(address: str) -> None:
         ({"query": "x", "kk": 3}, 422, "kk"),
         ({"query": "x" * 501}, 422, "501 characters"),
         ({"queries": ["x"] * 51}, 422, "51 queries"),
+        ({"query": "x", "budget_ms": 0}, 422, "budget_ms"),
         ({"query": "x", "alias": "dogs"}, 404, "no alias 'dogs'"),
         (b"{", 422, "JSON"),
     ],
@@ -161,11 +191,12 @@ def test_sharded_search_equals_unsharded(served: Served, placement: str) -> None
     with served.serving(served.sharded, placement=placement) as address:
         _, answer, _ = call(address, "/search", {"queries": QUERIES, "k": 5})
         status, problem, _ = call(address, "/search", {"query": "x", "rerank": True})
+        _, unread, _ = call(address, "/search", {"query": "x", "answer": True})
     for found, hits in zip(answer["results"], expected, strict=True):
         # |a - b|² = 2 - 2 a·b for unit vectors, so negative distances and inner products rank alike.
         assert [h["score"] for h in found] == pytest.approx([2 * h.score - 2 for h in hits], abs=2e-2)
         assert found[0]["id"] == hits[0].passage.id
-    assert (status, "no reranker" in problem["detail"]) == (422, True)
+    assert (status, "no reranker" in problem["detail"], "no reader" in unread["detail"]) == (422, True, True)
 
 
 def test_serve_command_stops_on_ctrl_c(served: Served, ray_cluster: str) -> None:

@@ -8,30 +8,112 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
 from pipelines.models.base import EncoderFamily, EncoderInfo, Kind, ModelFamily, ModelInfo
 from pipelines.models.files import checkpoint_digest, read_json, refuse
 
-__all__ = ["FAMILIES", "checkpoint_digest", "describe", "find_family", "find_model", "kind_of"]
+__all__ = ["FAMILIES", "Family", "checkpoint_digest", "describe", "find_family", "find_model", "kind_of"]
 
-FAMILIES: dict[str, Kind] = {
-    "sentence_transformers": "encoder",
-    "word_embeddings": "encoder",
-    "dpr": "encoder",
-    "dpr_cp": "encoder",
-    "paq": "encoder",
-    "paq_passages": "encoder",
-    "clip": "encoder",
-    "cross_encoder": "cross-encoder",
-    "paq_reranker": "cross-encoder",
-    "dpr_reader": "reader",
-    "fid": "reader",
-    "span2d": "answer-extractor",
-    "spacy_ner": "answer-extractor",
-    "bart": "question-generator",
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of checkpoint: what it is, how it lies on disk, what comes out, and the config that shows its use."""
+
+    kind: Kind
+    layout: str
+    computes: str
+    config: str
+
+
+FAMILIES: dict[str, Family] = {
+    "sentence_transformers": Family(
+        "encoder",
+        "modules.json: Transformer, Pooling, then Dense, LayerNorm, Normalize; hub and v0.2 layouts, legacy names",
+        "one vector a text; unit vectors under cosine",
+        "own-files.yaml, msmarco-tas-b.yaml, nq-distilbert.yaml, specter.yaml, multilingual.yaml",
+    ),
+    "word_embeddings": Family(
+        "encoder",
+        "modules.json: WordEmbeddings (and WordWeights), Pooling",
+        "the mean of word vectors; zero where no word is known",
+        "word-embeddings.yaml",
+    ),
+    "dpr": Family(
+        "encoder",
+        "Hugging Face DPR context and question encoders, RDR's too",
+        "the first token's last state, projected if the weights say so; dot product",
+        "wikipedia-dpr.yaml, wikipedia-rdr.yaml",
+    ),
+    "dpr_cp": Family(
+        "encoder",
+        "DPR's own .cp file beside BERT's vocab.txt; both towers in one file",
+        "the same vectors as the Hugging Face layout",
+        "wikipedia-dpr-cp.yaml",
+    ),
+    "paq": Family(
+        "encoder",
+        "ALBERT, with encode_proj or without",
+        "256, 728, 768 … values as in the file; dot product",
+        "paq-256.yaml, paq-728.yaml",
+    ),
+    "paq_passages": Family(
+        "encoder",
+        "PAQ's passage retriever: BERT beside dpr_index files",
+        "question vectors for DPR passages; dot product",
+        "",
+    ),
+    "clip": Family(
+        "encoder",
+        "OpenAI's state dict in the v0.2 layout, or Hugging Face's CLIPModel",
+        "text and images into one space; cosine",
+        "clip-images.yaml",
+    ),
+    "cross_encoder": Family(
+        "cross-encoder",
+        "…ForSequenceClassification with 1 or 2 labels, Capreolus' ELECTRA, BERT_Cat",
+        "a logit for (query, passage); 2 labels: the difference",
+        "msmarco-tas-b.yaml",
+    ),
+    "paq_reranker": Family(
+        "cross-encoder",
+        "AlbertForMultipleChoice",
+        "a logit for (question, QA pair)",
+        "paq-rerank.yaml",
+    ),
+    "dpr_reader": Family(
+        "reader",
+        "Hugging Face DPRReader, or DPR's own .cp file",
+        "the best spans of the most relevant passages",
+        "wikipedia-dpr.yaml",
+    ),
+    "fid": Family(
+        "reader",
+        "T5 with FiD's wrapped keys, or already unwrapped",
+        "one answer written from all passages",
+        "wikipedia-fid.yaml",
+    ),
+    "span2d": Family(
+        "answer-extractor",
+        "PAQ's BERT with start, end and span heads",
+        "likely answer spans of a passage",
+        "",
+    ),
+    "spacy_ner": Family(
+        "answer-extractor",
+        "a spaCy pipeline (extra `ner`)",
+        "the named entities of a passage",
+        "",
+    ),
+    "bart": Family(
+        "question-generator",
+        "BartForConditionalGeneration",
+        "questions that a span answers",
+        "",
+    ),
 }
-"""Every family, a module of this package each, with the kind of model it reads. At most one recognises a checkpoint."""
+"""Every family, a module of this package each. At most one recognises a checkpoint."""
 
 _ARTICLE = {"encoder": "an encoder", "answer-extractor": "an answer extractor"}
 _SUPPORTED: dict[Kind, str] = {
@@ -48,11 +130,11 @@ _SUPPORTED: dict[Kind, str] = {
 
 def kind_of(checkpoint: str) -> tuple[str, Kind] | None:
     """Return the (family, kind) whose layout this local directory or file has, or None."""
-    for name, kind in FAMILIES.items():
+    for name, family in FAMILIES.items():
         if importlib.util.find_spec(f"pipelines.models.{name}") is None:
             continue  # while the families are being written
         if _module(name).recognises(checkpoint):
-            return name, kind
+            return name, family.kind
     return None
 
 
@@ -88,7 +170,8 @@ def _find(directory: str, kind: Kind) -> Any:
     name, other = found
     if other != kind:
         family = name.replace("_", " ")
-        what = f"this is {_article(other)} ({family}), not {_article(kind)}"
+        told = _article(other) + ("" if family in _article(other) else f" ({family})")
+        what = f"this is {told}, not {_article(kind)}"
         refuse(what, directory, expected=_SUPPORTED[kind], hint=_USES[other])
     family = _module(name)
     family.info(directory)  # refuses what is incomplete

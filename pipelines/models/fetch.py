@@ -45,6 +45,8 @@ def fetch(checkpoint: str) -> str:
     path = os.path.expanduser(checkpoint.removeprefix("file://"))
     if os.path.isdir(path):
         return os.path.abspath(path)
+    if os.path.isfile(path) and path.endswith(".cp"):
+        return os.path.dirname(os.path.abspath(path))  # DPR's own checkpoints: the vocabulary lies beside the file
     if os.path.isfile(path):
         hint = "unpack an archive first, then give the directory"
         raise CheckpointError("the checkpoint is a file", where=checkpoint, expected="a model directory", hint=hint)

@@ -8,13 +8,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pipelines.errors import CheckpointError
 
 _TEXT_SUFFIXES = (".json", ".txt", ".model")
-_WEIGHT_SUFFIXES = (".safetensors", ".bin")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".cp", ".pt")
+_SHADOWED_SUFFIXES = (".bin", ".bin.index.json", ".cp", ".pt")
+_CLIP_VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 _IGNORED_FOLDERS = ("onnx", "openvino", "coreml", "eval", "runs", "logs", "gguf")
 _IGNORED_FILES = (
     "README.txt",
@@ -28,9 +32,12 @@ _IGNORED_FILES = (
     "training_args.bin",
     "optimizer.bin",
     "scheduler.bin",
+    "optimizer.pt",
+    "scheduler.pt",
     "flax_model.msgpack",
 )
 TOKENISER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+_NAMES_LIMIT = 8_000_000  # bytes; the names of a BERT's tensors take under 1 MB, optimizer state included
 _SAFETENSORS_HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors format itself
 
 
@@ -43,13 +50,13 @@ def relevant_names(names: list[str]) -> list[str]:
     """Return, sorted, the relative names (`/`-separated) that change a checkpoint's vectors.
 
     Configs, tokeniser files and weights stay; documentation, training logs and other runtimes' exports go. Where a
-    folder has both safetensors and .bin weights only the safetensors count, because only they are loaded.
+    folder has safetensors, weights in older formats do not count, because they are not loaded.
     """
     kept = [name for name in names if _may_matter(name)]
     with_safetensors = {os.path.dirname(name) for name in kept if name.endswith(".safetensors")}
 
     def is_shadowed(name: str) -> bool:
-        return name.endswith((".bin", ".bin.index.json")) and os.path.dirname(name) in with_safetensors
+        return name.endswith(_SHADOWED_SUFFIXES) and os.path.dirname(name) in with_safetensors
 
     return sorted(name for name in kept if not is_shadowed(name))
 
@@ -60,7 +67,7 @@ def _may_matter(name: str) -> bool:
         return False
     if file.startswith(".") or file in _IGNORED_FILES:
         return False
-    return file.endswith(_TEXT_SUFFIXES + _WEIGHT_SUFFIXES)
+    return file == _CLIP_VOCABULARY or file.endswith(_TEXT_SUFFIXES + _WEIGHT_SUFFIXES)
 
 
 def checkpoint_digest(directory: str) -> str:
@@ -103,6 +110,47 @@ def read_json(directory: str, name: str, *, required: bool = False, kind: type =
     if not isinstance(content, kind):
         refuse(f"{name} holds a {type(content).__name__}", directory, expected=f"a JSON {kind.__name__}")
     return content
+
+
+def peek_json(directory: str, name: str) -> dict[str, Any]:
+    """Return the parsed file, or {} for anything else than a readable JSON object: for recognising, never for use."""
+    try:
+        content: dict[str, Any] = read_json(directory, name)
+    except CheckpointError:
+        return {}
+    return content
+
+
+def native_files(directory: str) -> list[str]:
+    """Return the paths of DPR's own `.cp` files, or [] where there are none or weights in a newer format beside them.
+
+    Newer formats come first, as in weight_files. Never raises.
+    """
+    try:
+        names = sorted(os.listdir(directory))
+        if "modules.json" in names or weight_files(directory):
+            return []
+    except (OSError, CheckpointError):
+        return []
+    return [os.path.join(directory, name) for name in names if name.endswith(".cp")]
+
+
+def mentions(path: str, words: tuple[str, ...]) -> set[str]:
+    """Return those of `words` that the names in a torch file contain, without unpickling anything.
+
+    Reads the pickle record of torch's zip format, or the head of its old format, as bytes. Never raises.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                record = next((name for name in archive.namelist() if name.endswith("data.pkl")), "")
+                content = archive.open(record).read(_NAMES_LIMIT)
+        else:
+            with open(path, "rb") as handle:
+                content = handle.read(_NAMES_LIMIT)
+    except (OSError, zipfile.BadZipFile, KeyError, ValueError, RuntimeError, EOFError, zlib.error):
+        return set()
+    return {word for word in words if word.encode() in content}
 
 
 def weight_files(directory: str) -> list[str]:

@@ -12,27 +12,28 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.models import tokens
-from pipelines.models.base import EncoderInfo, Side, Tokens
-from pipelines.models.files import read_json, refuse, require_files, tensor_shapes
+from pipelines.models import paq_reranker, tokens
+from pipelines.models.base import EncoderInfo, Formatting, Side, Similarity, Tokens, refuse_options
+from pipelines.models.cross_encoder import architectures
+from pipelines.models.files import peek_json, read_json, refuse, require_files, tensor_shapes
 
 _MAX_LENGTH = 512
+_OTHER_TASKS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 
 
 def recognises(directory: str) -> bool:
+    """Tell by config.json; where it names the model that training started from, by the absence of a reranker's head."""
     if os.path.isfile(os.path.join(directory, "modules.json")):
         return False  # an ALBERT inside sentence-transformers
-    config = read_json(directory, "config.json")
-    return config.get("model_type") == "albert" and not _is_classifier(config)
+    config = peek_json(directory, "config.json")
+    if config.get("model_type") != "albert" or any(name.endswith(_OTHER_TASKS) for name in architectures(config)):
+        return False
+    return not paq_reranker.recognises(directory)
 
 
-def _is_classifier(config: dict[str, Any]) -> bool:
-    names = [str(name) for name in config.get("architectures") or []]
-    return any(name.endswith("ForSequenceClassification") for name in names)
-
-
-def info(directory: str) -> EncoderInfo:
+def info(directory: str, *, similarity: Similarity | None = None, formatting: Formatting | None = None) -> EncoderInfo:
     """Describe the retriever. Raises CheckpointError for a PAQ reranker or an ALBERT language model."""
+    refuse_options("PAQ", "dot", similarity, formatting)
     require_files(directory)
     config = read_json(directory, "config.json", required=True)
     shapes = tensor_shapes(directory)
@@ -86,7 +87,9 @@ def normalise_question(text: str) -> str:
     return text.strip().strip("?").lower().strip()
 
 
-def load_tokeniser(directory: str, max_length: int | None = None) -> PaqTokeniser:
+def load_tokeniser(
+    directory: str, max_length: int | None = None, *, formatting: Formatting | None = None
+) -> PaqTokeniser:
     backend = tokens.load_backend(directory, "AlbertTokenizer")
     if not os.path.isfile(os.path.join(directory, "tokenizer.json")):
         backend = tokens.demote_digit_commas(backend)
@@ -95,7 +98,7 @@ def load_tokeniser(directory: str, max_length: int | None = None) -> PaqTokenise
     return PaqTokeniser(tokens.TextEncoder(backend, tokens.pad_id(directory, backend), length))
 
 
-def load_tower(directory: str, side: Side, dtype: str, device: str) -> Any:
+def load_tower(directory: str, side: Side, dtype: str, device: str, *, similarity: Similarity | None = None) -> Any:
     """Load the retriever; both sides share it. Raises CheckpointError when it is incomplete."""
     from transformers import AlbertModel
 

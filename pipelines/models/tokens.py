@@ -26,6 +26,7 @@ _BERT_SETTINGS = {
     "strip_accents": "strip_accents",
     "tokenize_chinese_chars": "handle_chinese_chars",
 }
+_SPECIAL_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 
 Text = str | tuple[str, str]
 
@@ -133,6 +134,20 @@ def pad_id(directory: str, backend: Any) -> int:
         return declared
     known = (backend.token_to_id(token) for token in ("[PAD]", "<pad>"))
     return next((found for found in known if found is not None), 0)
+
+
+def add_separator(directory: str, backend: Any) -> str:
+    """Return the separator token (BERT's [SEP], RoBERTa's </s>), made special so that it is found inside a text.
+
+    Raises CheckpointError when the tokeniser has none.
+    """
+    declared = [read_json(directory, name).get("sep_token") for name in _SPECIAL_FILES]
+    names = [token.get("content") if isinstance(token, dict) else token for token in declared]
+    for name in (*names, "[SEP]", "</s>"):
+        if isinstance(name, str) and backend.token_to_id(name) is not None:
+            backend.add_special_tokens([name])
+            return name
+    return refuse("the tokeniser has no separator token", directory, expected="[SEP] or </s> in its vocabulary")
 
 
 def checked_length(wanted: int | None, default: int, limit: int | None) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipelines.errors import ConfigError, InputError, nearest
 
-FORMATS = ("tsv", "csv", "jsonl", "parquet")
+FORMATS = ("tsv", "csv", "jsonl", "parquet", "images")
 ROLES = ("id", "title", "text", "answers")
 REQUIRED = ("id", "text")
 _SNIPPET_CHARACTERS = 200
@@ -51,7 +51,8 @@ class ReadOptions:
 class Split:
     """One unit of reading. It depends on the files and the options only, never on the workers.
 
-    start, stop: bytes of a text file; row groups of a Parquet file; (0, -1), the whole, for compressed text.
+    start, stop: bytes of a text file; row groups of a Parquet file; (0, -1), the whole, for compressed text; (0, their
+    number) for images. files: of a split of images, the (name, version) of each; `url` is the folder they are named in.
     """
 
     index: int
@@ -59,27 +60,40 @@ class Split:
     format: str
     start: int
     stop: int
+    files: tuple[tuple[str, str], ...] = ()
+
+    def versions(self) -> list[list[str]]:
+        """Return the [URL, version] of every image of the split."""
+        return [[self.url + name, version] for name, version in self.files]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One valid row. position: its byte offset in the (decompressed) text file, or its number in the Parquet file."""
+    """One valid row. position: its byte offset in the (decompressed) text file, or its number in the Parquet file.
+
+    image: the bytes of the image file that the row is; None for a row of text.
+    """
 
     position: int
     id: str
     title: str
     text: str
     answers: list[str] | None
+    image: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """One refused row: `reason` is one of `schema.REASONS`, `snippet` is how the row begins."""
+    """One refused row: `reason` is one of `schema.REASONS`, `snippet` is how the row begins.
+
+    source: the file, where a split reads several; else the split says it.
+    """
 
     position: int
     reason: str
     detail: str
     snippet: str
+    source: str = ""
 
 
 class RefusedRowError(Exception):

@@ -1,4 +1,4 @@
-"""The files behind the sources: find them, name their format and version, read their bytes. Local, s3:// and https://.
+"""The files behind the sources: name their format and version, read their bytes. Local, s3:// and https://.
 
 Every failure becomes one of two errors here: InputError for what is not there or damaged, StorageError for a store or
 server that refuses.
@@ -13,77 +13,23 @@ import io
 import lzma
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 import fsspec
 
 from pipelines.errors import ConfigError, InputError, PinakesError, StorageError
+from pipelines.pixels import EXTENSIONS
 from pipelines.readers.base import FORMATS, ReadOptions, nearest
 
 BLOCK_BYTES = 4 << 20
 _COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _EXTENSIONS = {
     ".tsv": "tsv", ".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet",
-    ".pq": "parquet",
+    ".pq": "parquet", **dict.fromkeys(EXTENSIONS, "images"),
 }  # fmt: skip
 _MISSING_STATUS = (404, 410)
-
-
-def expand(sources: str | Sequence[str]) -> list[str]:
-    """Return the files that `sources` name: each source in the order given, what it matches in sorted order.
-
-    A source is a file, a glob, a folder (all files below it, except names that begin with `_` or `.`), or the URL of
-    one file. Raises InputError when there is no source, when one matches nothing, or when a file comes twice.
-    """
-    sources = [sources] if isinstance(sources, str) else sources
-    urls = [url for source in sources for url in _expand_one(source)]
-    if not urls:
-        raise InputError("no sources were given", expected="at least one path, glob or URL")
-    twice = {url for url in urls if urls.count(url) > 1} if len(set(urls)) < len(urls) else None
-    if twice:
-        raise InputError("a file is among the sources twice", where=min(twice), expected="every file once")
-    return urls
-
-
-def _expand_one(source: str) -> list[str]:
-    fs, path = _locate(source)
-    if is_http(source):
-        return [_check_http(fs, source)]
-    with storage_errors(source):
-        found = _found_by(fs, path)
-    if not found:
-        what = "no file matches" if _is_glob(path) else "there is no such file, nor a folder with files"
-        raise InputError(f"{what}: {source}", where=path, expected="a file, a glob, or a folder with files",
-                         hint="check the path; a relative one starts in the folder the command runs in")  # fmt: skip
-    return [name if is_local(source) else fs.unstrip_protocol(name) for name in sorted(found)]
-
-
-def _found_by(fs: Any, path: str) -> list[str]:
-    try:
-        kind = fs.info(path)["type"]
-    except FileNotFoundError:
-        matches = fs.glob(path, detail=True) if _is_glob(path) else {}
-        return [name for name, info in matches.items() if info["type"] == "file"]
-    if kind == "file":
-        return [path]
-    return [name for name in fs.find(path) if not _is_hidden(name[len(path) :])]
-
-
-def _check_http(fs: Any, url: str) -> str:
-    if "*" in url:
-        raise InputError("a web server has no listing to match a glob with", where=url, expected="the URL of each file")
-    size_of(url)
-    return url
-
-
-def _is_glob(path: str) -> bool:
-    return any(c in path for c in "*?[")
-
-
-def _is_hidden(relative: str) -> bool:
-    return any(piece.startswith(("_", ".")) for piece in relative.split("/"))
 
 
 def is_http(url: str) -> bool:
@@ -94,7 +40,8 @@ def is_local(url: str) -> bool:
     return bool(fsspec.utils.get_protocol(url) in ("file", "local"))
 
 
-def _locate(url: str) -> tuple[Any, str]:
+def locate(url: str) -> tuple[Any, str]:
+    """Return the file system of a URL, and the path there. Raises InputError for a scheme that is not known."""
     try:
         # Listings must be fresh: the sources may have been written a moment ago.
         options = {} if is_local(url) else {"use_listings_cache": False}
@@ -130,8 +77,8 @@ def format_of(url: str, options: ReadOptions) -> str:
         raise InputError("the file's name does not tell its format", where=url,
                          expected=f"one of {', '.join(_EXTENSIONS)}",
                          hint=hint + "give a glob when a folder holds other files too")  # fmt: skip
-    if found == "parquet" and compression_of(url):
-        raise InputError("Parquet cannot be read through an outer compression", where=url,
+    if found in ("parquet", "images") and compression_of(url):
+        raise InputError(f"{found.capitalize()} cannot be read through an outer compression", where=url,
                          hint="decompress the file first")  # fmt: skip
     return found
 
@@ -152,13 +99,17 @@ def size_of(url: str) -> int:
 
 def file_version(url: str) -> str:
     """Return a text that changes when the file does: its size with its ETag, or the time it was last written."""
-    info = _info(url)
+    return version_of(_info(url))
+
+
+def version_of(info: dict[str, Any]) -> str:
+    """Return what a listing says of a file that changes when the file does."""
     keys = ("size", "ETag", "etag", "mtime", "LastModified", "Last-Modified", "updated")
     return " ".join(f"{key}={info[key]}" for key in keys if info.get(key) is not None)
 
 
 def _info(url: str) -> dict[str, Any]:
-    fs, path = _locate(url)
+    fs, path = locate(url)
     with storage_errors(url):
         info: dict[str, Any] = fs.info(path)
     return info
@@ -166,7 +117,7 @@ def _info(url: str) -> dict[str, Any]:
 
 def open_file(url: str) -> Any:
     """Open a seekable binary file. Over the network every `read` is one request for exactly those bytes."""
-    fs, path = _locate(url)
+    fs, path = locate(url)
     with storage_errors(url):
         return fs.open(path, "rb") if is_local(url) else fs.open(path, "rb", block_size=BLOCK_BYTES, cache_type="none")
 

@@ -19,9 +19,10 @@ from typing import BinaryIO
 from pipelines.errors import InputError
 from pipelines.readers.base import ReadOptions, Reject, Row, Split
 from pipelines.readers.delimited import DelimitedReader
-from pipelines.readers.files import check_ranges, compression_of, expand, format_of, open_text, size_of, stem_of
+from pipelines.readers.files import check_ranges, compression_of, format_of, open_text, size_of, stem_of
 from pipelines.readers.jsonl import JsonLinesReader
 from pipelines.readers.lines import ByteLines
+from pipelines.readers.sources import expand
 
 Span = tuple[int, int]
 _PLANNING_THREADS = 16
@@ -29,12 +30,17 @@ _GUESS_WINDOW_BYTES = 1 << 20
 
 
 def plan_splits(sources: str | Sequence[str], options: ReadOptions) -> list[Split]:
-    """List the files that `sources` name (see `files.expand`), check each one's columns, and cut them into splits.
+    """List the files that `sources` name (see `sources.expand`), check each one's columns, and cut them into splits.
 
     Raises InputError for missing, empty, unreadable and wrongly named sources and columns; StorageError when a store
     refuses or a web server cannot send byte ranges.
     """
-    urls = expand(sources)
+    files = expand(sources)
+    urls = [file.url for file in files]
+    if any(format_of(url, options) == "images" for url in urls):
+        from pipelines.readers.images import plan_images
+
+        return plan_images(files, options)
     with ThreadPoolExecutor(min(_PLANNING_THREADS, len(urls))) as pool:
         planned = list(pool.map(lambda url: _plan_file(url, options), urls))
     _check_stems([url for url, (_, makes_ids) in zip(urls, planned, strict=True) if makes_ids])
@@ -97,6 +103,12 @@ class SplitReader:
             from pipelines.readers.parquet import read_row_groups
 
             yield from read_row_groups(self.split, self.options)
+            self.first, self.end = self.split.start, self.split.stop
+            return
+        if self.split.format == "images":
+            from pipelines.readers.images import read_images
+
+            yield from read_images(self.split, self.options)
             self.first, self.end = self.split.start, self.split.stop
             return
         with open_text(self.split.url) as stream:

@@ -41,6 +41,8 @@ def _difference(ours: Any, theirs: Any) -> float:
     """Return the largest absolute difference; infinity for another shape, NaN, or unequal lists."""
     import numpy as np
 
+    if isinstance(ours, list) and not all(isinstance(item, int | float) for item in ours):
+        return 0.0 if ours == theirs else math.inf  # ids, texts, spans: no numpy, they may be ragged
     left, right = np.asarray(ours), np.asarray(theirs)
     if left.dtype.kind not in "fiu" or right.dtype.kind not in "fiu":
         return 0.0 if ours == theirs else math.inf

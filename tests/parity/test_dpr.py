@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from pipelines.errors import CheckpointError, ConfigError
-from pipelines.models import describe, dpr, find_family
+from pipelines.models import describe, dpr, find_family, kind_of
 from tests.checkpoints import write_dpr
 from tests.parity.towers import QUESTIONS, TEXTS, TITLES, close, embed, rows
 
@@ -30,17 +31,42 @@ def _oracle(directory: str, name: str, ids: list[list[int]]) -> Any:
 
 @pytest.mark.parametrize("projection", [0, 20])
 @pytest.mark.parametrize("weights", ["bin", "safetensors"])
-def test_vectors_equal_transformers(tmp_path: Path, projection: int, weights: str) -> None:
+def test_vectors_equal_transformers(tmp_path: Path, parity: Callable[..., None], projection: int, weights: str) -> None:
     context = write_dpr(str(tmp_path / "c"), "passage", projection=projection, weights=weights)
     question = write_dpr(str(tmp_path / "q"), "query", projection=projection, weights=weights, seed=5)
+    assert describe(context).dim == describe(question).dim == (projection or 32)
+    _compare(parity, "DPR", f"HF .{weights}, {projection or 'no'} projection", context, question)
+
+
+@pytest.mark.parametrize("data", ["single-nq", "single-trivia"])
+def test_rdr_equals_transformers(tmp_path: Path, parity: Callable[..., None], data: str) -> None:
+    """RDR's directories are DPR's layout, saved by transformers 4.5: slow tokeniser, one .bin, a named class."""
+    context = write_dpr(str(tmp_path / f"rdr-ctx_encoder-{data}-base"), "passage", seed=7)
+    question = write_dpr(str(tmp_path / f"rdr-question_encoder-{data}-base"), "query", seed=8)
+    for directory in (context, question):
+        _edit(Path(directory, "config.json"), transformers_version="4.5.0", gradient_checkpointing=False)
+        Path(directory, "special_tokens_map.json").write_text('{"sep_token": "[SEP]", "cls_token": "[CLS]"}')
+    assert find_family(context) is find_family(question) is dpr
+    _compare(parity, "RDR", f"HF .bin, {data}", context, question)
+
+
+def _compare(parity: Callable[..., None], family: str, layout: str, context: str, question: str) -> None:
     tokeniser = dpr.load_tokeniser(context)
     tokens = tokeniser.passages(TITLES, TEXTS)
     tower = dpr.load_tower(context, "passage", "fp32", "cpu")
-    assert tower.dim == describe(context).dim == (projection or 32)
-    assert close(embed(tower, tokens, tokeniser.pad_id), _oracle(context, "DPRContextEncoder", rows(tokens)))
-    tokens = dpr.load_tokeniser(question).queries(QUESTIONS)
-    tower = dpr.load_tower(question, "query", "fp32", "cpu")
-    assert close(embed(tower, tokens, tokeniser.pad_id), _oracle(question, "DPRQuestionEncoder", rows(tokens)))
+    ours = embed(tower, tokens, tokeniser.pad_id)
+    assert ours.shape[1] == tower.dim
+    theirs = _oracle(context, "DPRContextEncoder", rows(tokens))
+    parity(family, f"{layout}, context", "transformers DPRContextEncoder", ours, theirs)
+    tokeniser = dpr.load_tokeniser(question)
+    tokens = tokeniser.queries(QUESTIONS)
+    ours = embed(dpr.load_tower(question, "query", "fp32", "cpu"), tokens, tokeniser.pad_id)
+    theirs = _oracle(question, "DPRQuestionEncoder", rows(tokens))
+    parity(family, f"{layout}, question", "transformers DPRQuestionEncoder", ours, theirs)
+
+
+def _edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_passage_tokens_are_the_pair(tmp_path: Path) -> None:
@@ -125,16 +151,58 @@ def test_the_other_side_is_refused(tmp_path: Path) -> None:
         dpr.load_tower(question, "passage", "fp32", "cpu")
     with pytest.raises(CheckpointError, match="context encoder"):
         dpr.load_tower(context, "query", "fp32", "cpu")
-    with pytest.raises(CheckpointError, match="reader"):
+    with pytest.raises(CheckpointError, match="this is a reader"):
         find_family(write_dpr(str(tmp_path / "r"), "reader"))
 
 
 def test_config_of_another_class_is_refused(tmp_path: Path) -> None:
-    directory = write_dpr(str(tmp_path), "query")
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["DPRContextEncoder"]}))
+    directory = write_dpr(str(tmp_path / "q"), "query")
+    _edit(tmp_path / "q" / "config.json", architectures=["DPRContextEncoder"])
     with pytest.raises(CheckpointError, match="weights are a question encoder"):
         find_family(directory)
+    directory = write_dpr(str(tmp_path / "r"), "reader")
+    _edit(tmp_path / "r" / "config.json", architectures=["DPRContextEncoder"])
+    with pytest.raises(CheckpointError, match="DPRContextEncoder but the weights are a reader's"):
+        find_family(directory)
+
+
+@pytest.mark.parametrize("weights", ["bin", "safetensors"])
+def test_without_architectures_the_tensors_decide(tmp_path: Path, weights: str) -> None:
+    for side, kind in (("passage", ("dpr", "encoder")), ("reader", ("dpr_reader", "reader"))):
+        directory = write_dpr(str(tmp_path / side), side, weights=weights)
+        _edit(tmp_path / side / "config.json", architectures=None)
+        assert kind_of(directory) == kind
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '"dpr"', "{}", '{"model_type": "bert"}', '{"model_type": 3}'])
+def test_anything_else_is_not_recognised(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    assert not dpr.recognises(str(tmp_path))
+    assert not dpr.recognises(str(tmp_path / "config.json"))
+    assert not dpr.recognises(str(tmp_path / "lost"))
+
+
+def test_other_similarity_and_formatting_are_refused(tmp_path: Path) -> None:
+    directory = write_dpr(str(tmp_path), "query")
+    assert dpr.info(directory, similarity="dot").similarity == "dot"
+    with pytest.raises(ConfigError, match="similarity"):
+        dpr.info(directory, similarity="cosine")
+    with pytest.raises(ConfigError, match="formatting"):
+        dpr.info(directory, formatting="pair")
+
+
+def test_edge_rows_have_vectors(tmp_path: Path) -> None:
+    """Empty, decomposed, emoji, quotes only, very long: all encoded; equal rows give equal vectors."""
+    directory = write_dpr(str(tmp_path), "passage")
+    tokeniser, tower = dpr.load_tokeniser(directory), dpr.load_tower(directory, "passage", "fp32", "cpu")
+    texts = ["", '""', "??", "cafe\u0301", "caf\u00e9", "\U0001f4da", "king", "king", "war " * 250_000]
+    tokens = tokeniser.passages([""] * len(texts), texts)
+    assert tokens.lengths.tolist()[-1] == 256
+    assert rows(tokens)[0] == rows(tokens)[1] == [2, 3]
+    vectors = embed(tower, tokens, tokeniser.pad_id)
+    assert np.isfinite(vectors).all()
+    assert close(vectors[3], vectors[4])
+    assert close(vectors[6], vectors[7])
 
 
 @pytest.mark.parametrize("lost", ["encoder.layer.1.output.dense.bias", "embeddings.LayerNorm.weight"])
@@ -163,8 +231,7 @@ def test_unexpected_tensor_is_refused(tmp_path: Path, name: str) -> None:
 
 def test_declared_projection_must_be_there(tmp_path: Path) -> None:
     directory = write_dpr(str(tmp_path), "query")
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"projection_dim": 16}))
+    _edit(tmp_path / "config.json", projection_dim=16)
     with pytest.raises(CheckpointError, match=r"encode_proj\.weight"):
         dpr.load_tower(directory, "query", "fp32", "cpu")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pickle
@@ -14,10 +15,10 @@ from typing import Any
 import pytest
 
 from pipelines.errors import CheckpointError
-from pipelines.models import checkpoint_digest, describe, find_family, paq
+from pipelines.models import FAMILIES, checkpoint_digest, describe, find_family, find_model, kind_of, paq
 from pipelines.models import sentence_transformers as sentence
 from pipelines.models.files import relevant_names
-from tests.checkpoints import write_dpr, write_paq, write_sentence_transformer
+from tests.checkpoints import write_cross_encoder, write_dpr, write_paq, write_sentence_transformer
 
 
 def test_the_directory_decides_and_not_its_name(tmp_path: Path) -> None:
@@ -76,6 +77,13 @@ def test_digest_ignores_weights_that_are_not_loaded() -> None:
     assert relevant_names(names) == ["2_Dense/pytorch_model.bin", "config.json", "model.safetensors"]
 
 
+def test_digest_sees_files_of_every_layout() -> None:
+    """DPR's .cp, CLIP's old weights and vocabulary; not the optimizer, nor what a newer format beside it replaces."""
+    names = ["hf_bert_base.cp", "vocab.txt", "0_CLIPModel/CLIPModel.pt", "0_CLIPModel/bpe_simple_vocab_16e6.txt.gz"]
+    assert relevant_names([*names, "optimizer.pt", "scheduler.pt", "x.txt.gz", "notes.md"]) == sorted(names)
+    assert relevant_names(["model.safetensors", "hf_bert_base.cp", "CLIPModel.pt"]) == ["model.safetensors"]
+
+
 def test_digest_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no model files"):
         checkpoint_digest(str(tmp_path))
@@ -89,11 +97,16 @@ def test_digest_of_nothing_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"model_type": "bert", "architectures": ["BertModel"]}, r"needs modules\.json"),
-        ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "text generator"),
-        ({"model_type": "clip"}, "CLIP is not supported yet"),
-        ({"model_type": "BERT_Cat"}, "BERT_Cat"),
-        ({"model_type": "albert", "architectures": ["AlbertForSequenceClassification"]}, "cross-encoder"),
+        (
+            {"model_type": "bert", "architectures": ["BertModel"]},
+            r"a bert model \(BertModel\)(.|\n)*needs modules\.json",
+        ),
+        ({"model_type": "gpt2"}, r"a gpt2 model \(no architecture named\)(.|\n)*needs modules\.json"),
+        (
+            {"model_type": "albert", "architectures": ["AlbertForSequenceClassification"]},
+            r"not an encoder(.|\n)*rerank",
+        ),
+        ({"model_type": "dpr", "architectures": ["DPRReader"]}, r"this is a reader \(dpr reader\)(.|\n)*it answers"),
     ],
 )
 def test_unknown_kinds_name_the_nearest_layout(tmp_path: Path, config: dict[str, Any], words: str) -> None:
@@ -103,14 +116,40 @@ def test_unknown_kinds_name_the_nearest_layout(tmp_path: Path, config: dict[str,
     assert "sentence-transformers directory" in caught.value.expected
 
 
+def test_another_kind_is_refused_by_what_it_is(tmp_path: Path) -> None:
+    directory = write_cross_encoder(str(tmp_path))
+    with pytest.raises(CheckpointError, match="not an encoder") as caught:
+        find_family(directory)
+    assert "rerank" in caught.value.hint
+    with pytest.raises(CheckpointError, match="not a reader") as caught:
+        find_model(directory, "reader")
+    assert "DPR reader" in caught.value.expected
+
+
 def test_empty_and_absent_directories(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="empty"):
         find_family(str(tmp_path))
     with pytest.raises(CheckpointError, match="does not exist"):
         find_family(str(tmp_path / "lost"))
-    (tmp_path / "hf_bert_base.cp").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match=r"convert the \.cp"):
+    assert kind_of(str(tmp_path)) is kind_of(str(tmp_path / "lost")) is None
+    (tmp_path / "notes.md").write_text("x")
+    with pytest.raises(CheckpointError, match=r"neither config\.json nor modules\.json"):
         find_family(str(tmp_path))
+    with pytest.raises(CheckpointError, match="a file of no known kind"):
+        find_family(str(tmp_path / "notes.md"))
+
+
+@pytest.mark.parametrize("side", ["passage", "query", "reader"])
+def test_one_family_recognises_each_checkpoint(tmp_path: Path, side: str) -> None:
+    written = {
+        "dpr_reader" if side == "reader" else "dpr": write_dpr(str(tmp_path / "dpr"), side),
+        "paq": write_paq(str(tmp_path / "paq")),
+        "cross_encoder": write_cross_encoder(str(tmp_path / "ce"), labels=1 if side == "reader" else 2),
+        "sentence_transformers": write_sentence_transformer(str(tmp_path / "st")),
+    }
+    modules = {name: importlib.import_module(f"pipelines.models.{name}") for name in FAMILIES}
+    for family, directory in written.items():
+        assert [name for name, module in modules.items() if module.recognises(directory)] == [family]
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '"text"'])
@@ -150,10 +189,10 @@ def test_a_malicious_pickle_does_not_run(tmp_path: Path, old_format: bool) -> No
     directory, proof = write_paq(str(tmp_path / "model")), tmp_path / "proof"
     path = tmp_path / "model" / "pytorch_model.bin"
     if old_format:
-        path.write_bytes(pickle.dumps({"albert.pooler.weight": _Evil(str(proof))}))
+        path.write_bytes(pickle.dumps({"albert.pooler.weight": _Evil(str(proof))}, protocol=2))
     else:
         torch.save({"albert.pooler.weight": _Evil(str(proof))}, path)
-    with pytest.raises(CheckpointError, match="holds code"):
+    with pytest.raises(CheckpointError, match=r"holds code: \w+\.mkdir"):
         find_family(directory)
     assert not proof.exists()
 

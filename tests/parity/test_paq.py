@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.errors import CheckpointError
+from pipelines.errors import CheckpointError, ConfigError
 from pipelines.models import describe, find_family, paq
 from tests.checkpoints import linear_state, save_weights, write_paq
 from tests.parity.towers import QUESTIONS, TITLES, close, embed, rows
+
+
+def _state(directory: str) -> dict[str, Any]:
+    import torch
+    from safetensors.torch import load_file
+
+    path = Path(directory) / "model.safetensors"
+    if path.is_file():
+        return load_file(path)
+    return torch.load(Path(directory) / "pytorch_model.bin", weights_only=True)
 
 
 def _oracle(directory: str, prefix: str, ids: list[list[int]]) -> Any:
@@ -21,8 +33,7 @@ def _oracle(directory: str, prefix: str, ids: list[list[int]]) -> Any:
     import torch
     from transformers import AlbertConfig, AlbertModel
 
-    state = torch.load(Path(directory) / "pytorch_model.bin", weights_only=True)
-    state = {name: tensor.float() for name, tensor in state.items()}
+    state = {name: tensor.float() for name, tensor in _state(directory).items()}
     own = {name.removeprefix(prefix): t for name, t in state.items() if "encode_proj" not in name}
     del own["embeddings.position_ids"]
     model = AlbertModel(AlbertConfig.from_pretrained(directory)).eval()
@@ -34,16 +45,52 @@ def _oracle(directory: str, prefix: str, ids: list[list[int]]) -> Any:
     return torch.nn.functional.linear(cls, state["encode_proj.weight"], state["encode_proj.bias"]).numpy()
 
 
-@pytest.mark.parametrize("projection", [256, 728, 768, 0])
-@pytest.mark.parametrize("prefix", ["albert.", ""])
-def test_vectors_equal_the_oracle(tmp_path: Path, projection: int, prefix: str) -> None:
-    directory = write_paq(str(tmp_path), projection, prefix=prefix)
+# The released retrievers' shapes. hidden, heads, layers in the proportions of base, large and xlarge.
+SHAPES = {
+    "multi_base_256": (32, 4, 2, 256),
+    "base, no projection": (32, 4, 2, 0),
+    "base": (32, 4, 2, 768),
+    "large": (48, 4, 3, 768),
+    "xlarge": (64, 4, 3, 768),
+    "the README's 728": (32, 4, 2, 728),
+}
+
+
+def _write(directory: Path, shape: str, **options: Any) -> str:
+    dim, heads, layers, projection = SHAPES[shape]
+    written = write_paq(str(directory), projection, dim, **options)
+    path = directory / "config.json"
+    config = json.loads(path.read_text()) | {"num_attention_heads": heads, "num_hidden_layers": layers}
+    path.write_text(json.dumps(config))
+    return written
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("prefix", "weights", "dtype"),
+    [("albert.", "bin", "float32"), ("", "bin", "float16"), ("albert.", "safetensors", "float32")],
+)
+def test_vectors_equal_the_oracle(
+    tmp_path: Path, parity: Callable[..., None], shape: str, prefix: str, weights: str, dtype: str
+) -> None:
+    directory = _write(tmp_path, shape, prefix=prefix, weights=weights, dtype=dtype)
     assert find_family(directory) is paq
     tokeniser, tower = paq.load_tokeniser(directory), paq.load_tower(directory, "query", "fp32", "cpu")
-    tokens = tokeniser.queries(QUESTIONS)
-    assert tower.dim == describe(directory).dim == (projection or 32)
-    assert close(embed(tower, tokens, tokeniser.pad_id), _oracle(directory, prefix, rows(tokens)))
-    assert close(embed(tower, tokens, tokeniser.pad_id, extra=50), embed(tower, tokens, tokeniser.pad_id))
+    tokens = tokeniser.queries([*QUESTIONS, "??", "king " * 600])
+    assert tower.dim == describe(directory).dim == (SHAPES[shape][3] or 32)
+    ours, theirs = embed(tower, tokens, tokeniser.pad_id), _oracle(directory, prefix, rows(tokens))
+    layout = f"{shape}, {prefix or 'no prefix'}, .{weights} {dtype}"
+    parity("PAQ retriever", layout, "AlbertModel + Linear by hand", ours, theirs)
+
+
+def test_neither_padding_nor_batch_nor_order_matters(tmp_path: Path) -> None:
+    directory = write_paq(str(tmp_path))
+    tokeniser, tower = paq.load_tokeniser(directory), paq.load_tower(directory, "query", "fp32", "cpu")
+    together = embed(tower, tokeniser.queries(QUESTIONS), tokeniser.pad_id)
+    assert close(embed(tower, tokeniser.queries(QUESTIONS), tokeniser.pad_id, extra=50), together)
+    assert close(embed(tower, tokeniser.queries(QUESTIONS[::-1]), tokeniser.pad_id)[::-1], together)
+    for index, question in enumerate(QUESTIONS):
+        assert close(embed(tower, tokeniser.queries([question]), tokeniser.pad_id)[0], together[index])
 
 
 def test_both_sides_are_the_question_alone(tmp_path: Path) -> None:
@@ -58,6 +105,40 @@ def test_fixed_tokens_from_spiece(tmp_path: Path) -> None:
     (row,) = rows(tokeniser.queries(["  ??Who wrote 9,787?? "]))
     pieces = [tokeniser.encoder.backend.id_to_token(index) for index in row]
     assert pieces == ["[CLS]", "▁who", "▁wrote", "▁", "9", ",", "78", "7", "[SEP]"]
+
+
+@pytest.mark.parametrize(
+    ("question", "expected"),
+    [
+        ("??", ["[CLS]", "[SEP]"]),
+        ("", ["[CLS]", "[SEP]"]),
+        ("?what? is it??", ["[CLS]", "▁what", "?", "▁is", "▁", "i", "t", "[SEP]"]),
+        ("CAFÉ", ["[CLS]", "▁", "c", "a", "f", "e", "[SEP]"]),
+        (unicodedata.normalize("NFD", "café"), ["[CLS]", "▁", "c", "a", "f", "e", "[SEP]"]),
+        ("🏛", ["[CLS]", "▁", "<unk>", "[SEP]"]),
+        ("king " * 800 + "9,787 " * 90_000, ["[CLS]", *["▁king"] * 510, "[SEP]"]),
+    ],
+    ids=["??", "empty", "inner ?", "upper case", "NFD", "emoji", "half a megabyte"],
+)
+def test_fixed_tokens_of_odd_questions(tmp_path: Path, question: str, expected: list[str]) -> None:
+    tokeniser = paq.load_tokeniser(write_paq(str(tmp_path)))
+    (row,) = rows(tokeniser.queries([question]))
+    assert [tokeniser.encoder.backend.id_to_token(index) for index in row] == expected
+
+
+def test_the_config_cannot_ask_for_another_similarity_or_formatting(tmp_path: Path) -> None:
+    directory = write_paq(str(tmp_path))
+    assert paq.info(directory, similarity="dot").similarity == "dot"
+    with pytest.raises(ConfigError, match="scored by dot"):
+        paq.info(directory, similarity="cosine")
+    with pytest.raises(ConfigError, match="one input format"):
+        paq.info(directory, formatting="pair")
+
+
+def test_damaged_configs_and_other_places_are_not_recognised(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "file").write_text("albert")
+    assert not any(paq.recognises(str(path)) for path in (tmp_path, tmp_path / "file", tmp_path / "absent"))
 
 
 def test_tokens_equal_transformers_where_no_comma_follows_a_digit(tmp_path: Path) -> None:

@@ -1,0 +1,105 @@
+"""Filter: mark every generated question by whether a reader, given evidence, answers what the question was made from.
+
+Nothing is removed: `metadata.consistent` and `metadata.filter_answer` are set, and what to do with inconsistent
+questions is left to the user. Evidence decides the mode. Global: the passages that a retriever finds among all of them.
+Local: the one passage the question came from. Dummy: none, and every question counts as consistent. Source of the
+three modes and the test (exact match of the reader's answer and the extracted one): Lewis et al. 2021.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+from pipelines.errors import ConfigError, InputError
+from pipelines.evaluate import exact_match
+from pipelines.models.base import Answer, Reader
+from pipelines.models.paq import normalise_question
+from pipelines.schema import Hit, Passage
+
+Line = dict[str, Any]
+"""A generated question: `question`, `answer` (the extracted one), `passage_id` and `metadata`."""
+Evidence = Callable[[list[Line]], list[list[Passage]]]
+"""The passages from which the reader is to answer each line; none is allowed."""
+GLOBAL_DEPTH = 50
+
+
+def filter_questions(lines: Iterable[Line], reader: Reader, evidence: Evidence, batch_size: int = 32) -> Iterator[Line]:
+    """Yield a copy of each line, in order, with `metadata.consistent` and `metadata.filter_answer`.
+
+    filter_answer is the reader's best answer, None where there was no evidence or no answer (then not consistent).
+    The reader gets the question as it is written, without outer whitespace. batch_size: lines that evidence and reader
+    see at once. Raises InputError for a line without a question or an answer.
+    """
+    for batch in _batches(lines, batch_size):
+        found = evidence(batch)
+        answers = reader.answer([line["question"].strip() for line in batch], found)
+        for line, own in zip(batch, answers, strict=True):
+            yield _marked(line, own)
+
+
+def mark_all(lines: Iterable[Line]) -> Iterator[Line]:
+    """Yield a copy of each line as consistent, with nothing read: the dummy mode."""
+    for line in lines:
+        yield _with_metadata(line, True, None)
+
+
+def global_evidence(search: Callable[[list[str], int], list[list[Hit]]], k: int = GLOBAL_DEPTH) -> Evidence:
+    """Return evidence from a search over all passages, `pipelines.retrieve.Retriever.search` or the like.
+
+    search(queries, k) gives up to k hits a query. It gets each question lower-cased and without outer question marks,
+    as PAQ's retrievers want it.
+    """
+    if k < 1:
+        raise ConfigError(f"k is {k}: global evidence needs passages", expected="1 or more")
+
+    def find(lines: list[Line]) -> list[list[Passage]]:
+        hits = search([normalise_question(line["question"]) for line in lines], k)
+        return [[hit.passage for hit in own] for own in hits]
+
+    return find
+
+
+def local_evidence(passage_of: Callable[[str], Passage | None]) -> Evidence:
+    """Return evidence from the passage that each question came from.
+
+    passage_of: the passage with this id, or None when it is not known (the question has no evidence then).
+    """
+
+    def find(lines: list[Line]) -> list[list[Passage]]:
+        sources = [passage_of(str(line["passage_id"])) if "passage_id" in line else None for line in lines]
+        return [[] if source is None else [source] for source in sources]
+
+    return find
+
+
+def _batches(lines: Iterable[Line], size: int) -> Iterator[list[Line]]:
+    if size < 1:
+        raise ConfigError(f"batch_size is {size}", expected="1 or more")
+    rest, number = iter(lines), 0
+    while batch := list(islice(rest, size)):
+        for line in batch:
+            number += 1
+            _check(line, number)
+        yield batch
+
+
+def _check(line: Line, number: int) -> None:
+    """Raise InputError unless question and answer are strings."""
+    for key in ("question", "answer"):
+        if not isinstance(line.get(key), str):
+            what = f"line {number} has no {key}" if key not in line else f"line {number}: {key} is no string"
+            raise InputError(what, expected="a line of generated questions: question, answer, passage_id, metadata")
+
+
+def _marked(line: Line, answers: list[Answer]) -> Line:
+    if not answers:
+        return _with_metadata(line, False, None)
+    best = answers[0].text
+    return _with_metadata(line, exact_match(best, [line["answer"]]), best)
+
+
+def _with_metadata(line: Line, consistent: bool, answer: str | None) -> Line:
+    metadata = {**(line.get("metadata") or {}), "consistent": consistent, "filter_answer": answer}
+    return {**line, "metadata": metadata}
