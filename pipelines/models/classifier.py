@@ -12,9 +12,6 @@ import numpy.typing as npt
 from pipelines.models import tokens
 from pipelines.models.base import Tokens
 
-_LONG = 4  # characters a token: only sides longer than this many times max_length are looked at
-_PIECES = 3  # of max_length tokens each; one more than truncation can ever reach, for a word cut in two at the end
-
 Forward = Callable[[Any, Any, Any], Any]
 """(ids_BL, mask_BL, types_BL or None) to logits_BC, torch tensors."""
 
@@ -30,7 +27,7 @@ class TextClassifier:
 
     def logits(self, texts: Sequence[tokens.Text]) -> npt.NDArray[np.float32]:
         """Return logits_NC (fp32), one row for each text, in the order given; (0, 1) for no texts."""
-        rows = self.encoder.encode(shorten(self.encoder, texts))
+        rows = self.encoder.encode(texts)
         order = np.argsort(rows.lengths, kind="stable")
         batches = [order[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
         if not batches:
@@ -59,35 +56,3 @@ class TextClassifier:
         with torch.inference_mode():
             logits_BC: npt.NDArray[np.float32] = self.forward(ids, mask, types[0] if types else None).cpu().numpy()
         return logits_BC
-
-
-def shorten(encoder: tokens.TextEncoder, texts: Sequence[tokens.Text]) -> list[tokens.Text]:
-    """Return the texts with the sides of long pairs cut well behind the last token that truncation could leave.
-
-    The Rust tokeniser also builds what it cuts off, every piece of one side with every piece of the other: two sides
-    of a megabyte each would take tens of gigabytes. The longer side stays the longer one, so that the tokeniser's own
-    truncation, longest side first, ends as it would have.
-    """
-    long = _LONG * encoder.max_length
-    pieces: dict[str, list[int]] = {}
-
-    def ends(text: str) -> list[int]:
-        if text not in pieces:
-            pieces[text] = _piece_ends(encoder, text)
-        return pieces[text]
-
-    def cut(text: tokens.Text) -> tokens.Text:
-        if isinstance(text, str) or min(len(text[0]), len(text[1])) <= long:
-            return text
-        first, second = text
-        first_ends, second_ends = ends(first), ends(second)
-        most = _PIECES + (len(first_ends) > len(second_ends)), _PIECES + (len(second_ends) > len(first_ends))
-        return first[: first_ends[: most[0]][-1]], second[: second_ends[: most[1]][-1]]
-
-    return [cut(text) for text in texts]
-
-
-def _piece_ends(encoder: tokens.TextEncoder, text: str) -> list[int]:
-    """Return where, in characters, each piece of max_length tokens ends."""
-    whole = encoder.backend.encode(text)
-    return [max((end for _, end in piece.offsets), default=0) for piece in (whole, *whole.overflowing)]

@@ -121,8 +121,7 @@ def info(directory: str) -> ModelInfo:
     """Describe the cross-encoder. Raises CheckpointError for another kind, an unknown head, or lost files."""
     if not recognises(directory):
         names = ", ".join(architectures(read_json(directory, "config.json"))) or "no architecture named"
-        expected = "a model whose config.json names ...ForSequenceClassification"
-        refuse(f"this is no cross-encoder ({names})", directory, expected=expected)
+        refuse(f"this is no cross-encoder ({names})", directory, expected="a ...ForSequenceClassification model")
     _check_modules(directory)
     layout = _layout(directory)
     default = _default_length(directory)

@@ -36,7 +36,7 @@ _IGNORED_FILES = (
     "scheduler.pt",
     "flax_model.msgpack",
 )
-TOKENISER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+TOKENISER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "spm.model")
 _NAMES_LIMIT = 8_000_000  # bytes; the names of a BERT's tensors take under 1 MB, optimizer state included
 _SAFETENSORS_HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors format itself
 

@@ -19,6 +19,8 @@ from pipelines.errors import CheckpointError, ConfigError
 from pipelines.models.base import Tokens
 from pipelines.models.files import TOKENISER_FILES, read_json, refuse
 
+_LONG = 4  # characters a token: only pairs whose both sides are longer than this times max_length are looked at
+_PIECES = 3  # of max_length tokens each; one more than truncation can ever reach, for a word cut in two at the end
 _SHORTEST = 8  # tokens; below it hardly anything of a text is left beside the special tokens
 _CASED_SHARE = 0.01  # of the vocabulary; cased BERT vocabularies have over 20% upper-case pieces, uncased ones none
 _BERT_SETTINGS = {
@@ -49,7 +51,7 @@ class TextEncoder:
         self.backend.enable_truncation(self.max_length, strategy="longest_first")
 
     def encode(self, texts: Sequence[Text]) -> Tokens:
-        encodings = self.backend.encode_batch_fast(list(texts))
+        encodings = self.backend.encode_batch_fast(shorten(self, texts))
         ids = [encoding.ids for encoding in encodings]
         offsets = np.zeros(len(ids) + 1, dtype=np.int64)
         np.cumsum([len(row) for row in ids], out=offsets[1:])
@@ -59,6 +61,39 @@ class TextEncoder:
             return Tokens(flat, offsets)
         rows = (encoding.type_ids for encoding in encodings)
         return Tokens(flat, offsets, np.fromiter(chain.from_iterable(rows), dtype=np.int8, count=total))
+
+
+def shorten(encoder: TextEncoder, texts: Sequence[Text]) -> list[Text]:
+    """Return the texts with the sides of long pairs cut well behind the last token that truncation could leave.
+
+    The Rust tokeniser also builds what it cuts off, every piece of one side with every piece of the other: two sides
+    of a megabyte each would take tens of gigabytes. The longer side stays the longer one, so that the tokeniser's own
+    truncation, longest side first, ends as it would have.
+    """
+    long = _LONG * encoder.max_length
+    pieces: dict[str, tuple[int, list[int]]] = {}
+
+    def measure(text: str) -> tuple[int, list[int]]:
+        if text not in pieces:
+            pieces[text] = _measure(encoder, text)
+        return pieces[text]
+
+    def cut(text: Text) -> Text:
+        if isinstance(text, str) or min(len(text[0]), len(text[1])) <= long:
+            return text
+        first, second = text
+        (first_count, first_ends), (second_count, second_ends) = measure(first), measure(second)
+        first_most, second_most = _PIECES + (first_count > second_count), _PIECES + (second_count > first_count)
+        return first[: first_ends[:first_most][-1]], second[: second_ends[:second_most][-1]]
+
+    return [cut(text) for text in texts]
+
+
+def _measure(encoder: TextEncoder, text: str) -> tuple[int, list[int]]:
+    """Return the number of tokens, and where, in characters, each piece of max_length tokens ends."""
+    whole = encoder.backend.encode(text)
+    parts = [whole, *whole.overflowing]
+    return sum(len(part.ids) for part in parts), [max((end for _, end in part.offsets), default=0) for part in parts]
 
 
 def load_backend(directory: str, kind: str = "AutoTokenizer") -> Any:
