@@ -9,10 +9,29 @@ import typer
 Source = Annotated[str, typer.Argument(help="JSON lines (or TSV where passages are read); local, s3://, compressed.")]
 Out = Annotated[str, typer.Option("--out", "-o", help="The file to write; put in place when it is whole.")]
 Model = Annotated[str, typer.Option("--model", "-m", help="Directory, URL or hub name of the model.")]
+Config = Annotated[
+    str | None, typer.Option("--config", "-c", help="Take what is not given from `questions` of this config.")
+]
 Tokeniser = Annotated[str | None, typer.Option(help="T5's tokeniser, for a FiD reader.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+
+
+def _settings(config: str | None, **given: Any) -> Any:
+    """Return QuestionsConfig of the config file, with what is given on the command line instead."""
+    from pipelines.config import QuestionsConfig, load_config
+
+    found = load_config(config).questions if config else QuestionsConfig()
+    return found.model_copy(update={key: value for key, value in given.items() if value is not None})
+
+
+def _needed(model: str | None, key: str) -> str:
+    from pipelines.errors import ConfigError
+
+    if model is None:
+        raise ConfigError("which model to use is not clear", expected=f"--model, or questions.{key} in the --config")
+    return model
 
 
 def register(app: typer.Typer, progress: Any, show: Any) -> None:
@@ -58,8 +77,11 @@ def register(app: typer.Typer, progress: Any, show: Any) -> None:
     @app.command(epilog="Example: pinakes rank psgs_w100.tsv -m checkpoints/passage_ranker_base -o ps.jsonl")
     def rank(
         source: Source,
-        model: Annotated[str, typer.Option("--model", "-m", help="A checkpoint, a TSV of id and score, or `dummy`.")],
         out: Out,
+        model: Annotated[
+            str | None, typer.Option("--model", "-m", help="A checkpoint, a TSV of id and score, or `dummy`.")
+        ] = None,
+        config: Config = None,
         device: Device = "cpu",
         json_: Json = False,
         quiet: Quiet = False,
@@ -67,13 +89,17 @@ def register(app: typer.Typer, progress: Any, show: Any) -> None:
         """PAQ: say how likely each passage is to be worth asking about."""
         from cluster import files, summaries
 
-        show(files.rank(source, model, out, device, progress(quiet)), json_, summaries.plain_summary)
+        ranker = _needed(_settings(config, ranker=model).ranker, "ranker")
+        show(files.rank(source, ranker, out, device, progress(quiet)), json_, summaries.plain_summary)
 
     @app.command(epilog="Example: pinakes extract ps.jsonl -m checkpoints/answer_extractor_nq_base -o ae.jsonl")
     def extract(
         source: Source,
-        model: Annotated[str, typer.Option("--model", "-m", help="PAQ's extractor, or a spaCy pipeline or package.")],
         out: Out,
+        model: Annotated[
+            str | None, typer.Option("--model", "-m", help="PAQ's extractor, or a spaCy pipeline or package.")
+        ] = None,
+        config: Config = None,
         device: Device = "cpu",
         json_: Json = False,
         quiet: Quiet = False,
@@ -81,14 +107,18 @@ def register(app: typer.Typer, progress: Any, show: Any) -> None:
         """PAQ: find the spans of each passage that questions could be asked about."""
         from cluster import files, summaries
 
-        show(files.extract(source, model, out, device, progress(quiet)), json_, summaries.plain_summary)
+        extractor = _needed(_settings(config, extractor=model).extractor, "extractor")
+        show(files.extract(source, extractor, out, device, progress(quiet)), json_, summaries.plain_summary)
 
     @app.command(epilog="Example: pinakes generate ae.jsonl -m checkpoints/qgen_multi_base -o qg.jsonl --per-span 4")
     def generate(
         source: Source,
-        model: Model,
         out: Out,
-        per_span: Annotated[int, typer.Option(min=1, max=4, help="Questions a span: 1 (L1, NE) or 4 (L4).")] = 1,
+        model: Annotated[str | None, typer.Option("--model", "-m", help="The question generator.")] = None,
+        config: Config = None,
+        per_span: Annotated[
+            int | None, typer.Option(min=1, max=4, help="Questions a span: 1 (L1, NE) or 4 (L4).")
+        ] = None,
         device: Device = "cpu",
         json_: Json = False,
         quiet: Quiet = False,
@@ -96,7 +126,10 @@ def register(app: typer.Typer, progress: Any, show: Any) -> None:
         """PAQ: write questions that the extracted spans answer."""
         from cluster import files, summaries
 
-        show(files.generate(source, model, out, per_span, device, progress(quiet)), json_, summaries.plain_summary)
+        found = _settings(config, generator=model, per_span=per_span)
+        generator = _needed(found.generator, "generator")
+        result = files.generate(source, generator, out, found.per_span, device, progress(quiet))
+        show(result, json_, summaries.plain_summary)
 
     @app.command(
         "filter",
@@ -108,6 +141,7 @@ def register(app: typer.Typer, progress: Any, show: Any) -> None:
         out: Out,
         reader: Annotated[str | None, typer.Option(help="The reader; without one every pair counts as good.")] = None,
         tokeniser: Tokeniser = None,
+        config: Config = None,
         root: Annotated[str, typer.Option(help="Root of the index.", envvar="PINAKES_ROOT")] = "pinakes-data",
         name: Annotated[str | None, typer.Option(help="Global: the index that evidence is retrieved from.")] = None,
         passages: Annotated[str | None, typer.Option(help="Local: the file the questions were made from.")] = None,
@@ -118,8 +152,9 @@ def register(app: typer.Typer, progress: Any, show: Any) -> None:
         """PAQ: mark pairs consistent when a reader answers the question as it was meant; none is removed."""
         from cluster import files, summaries
 
+        found = _settings(config, reader=reader, tokeniser=tokeniser)
         evidence = (root, name, passages)
-        result = files.filter_questions(source, out, reader, tokeniser, evidence, device, progress(quiet))
+        result = files.filter_questions(source, out, found.reader, found.tokeniser, evidence, device, progress(quiet))
         show(result, json_, summaries.plain_summary)
 
     @app.command(epilog="Example: pinakes group filtered.jsonl --scores ps.jsonl -o final_qas.jsonl")

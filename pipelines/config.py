@@ -103,6 +103,22 @@ class AnswerConfig(Strict):
     compute: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
 
 
+class QuestionsConfig(Strict):
+    """The models of PAQ's question generation, for the verbs rank, extract, generate and filter."""
+
+    ranker: str | None = None
+    """Directory, URL or hub name of the passage ranker, a TSV of id and score, or `dummy`."""
+    extractor: str | None = None
+    """PAQ's answer extractor, or a spaCy pipeline or package."""
+    generator: str | None = None
+    per_span: int = Field(default=1, ge=1, le=4)
+    """Questions for each span."""
+    reader: str | None = None
+    """Answers the questions for the filter; without one every pair counts as consistent."""
+    tokeniser: str | None = None
+    """Directory of the reader's T5 tokeniser."""
+
+
 class ServeConfig(Strict):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
@@ -145,6 +161,7 @@ class Config(Strict):
     index: IndexConfig = IndexConfig()
     rerank: RerankConfig | None = None
     answer: AnswerConfig | None = None
+    questions: QuestionsConfig = QuestionsConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     serve: ServeConfig = ServeConfig()
     cluster: ClusterConfig = ClusterConfig()

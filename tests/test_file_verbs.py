@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from pipelines.models import find_model
 from pipelines.schema import Passage
@@ -44,7 +45,10 @@ def test_the_generation_chain(tmp_path: Path, passages: str) -> None:
     assert len(spans) >= 3
     assert all(text[a["start"] : a["end"]] == a["text"] for text, a in spans)
     generator = write_bart(str(tmp_path / "generator"))
-    made = pinakes_json("generate", at["ae"], "-m", generator, "-o", at["qg"], "--per-span", "2", "--quiet")
+    models = {"generator": generator, "per_span": 2}
+    content = {"corpus": {"sources": ["x"]}, "encoder": {"checkpoint": "x"}, "questions": models}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(content))
+    made = pinakes_json("generate", at["ae"], "-c", str(tmp_path / "c.yaml"), "-o", at["qg"], "--quiet")
     assert made["num_lines"] == 2 * len(spans)
     reader, t5 = write_fid(str(tmp_path / "reader")), write_t5_tokeniser(str(tmp_path / "t5"))
     local = ("--reader", reader, "--tokeniser", t5, "--passages", passages)
@@ -128,6 +132,7 @@ def test_answer_a_file_from_stored_answers_and_by_a_reader(tmp_path: Path, retri
         (("extract", "{bad}", "-m", "{ner}", "-o", "{out}"), 3, "line 2"),
         (("extract", "{good}", "-m", "{reader}", "-o", "{out}"), 4, "not an answer extractor"),
         (("generate", "{good}", "-m", "{ner}", "-o", "{out}"), 4, "question generator"),
+        (("generate", "{good}", "-o", "{out}"), 2, "questions.generator"),
         (("filter", "{good}", "--reader", "{reader}", "-o", "{out}"), 2, "--passages FILE"),
         (("answer", "{bad}", "--reader", "stored", "-o", "{out}"), 3, "line 1"),
         (("rerank", "{bad}", "-m", "{reader}", "-o", "{out}"), 4, "not a cross encoder"),

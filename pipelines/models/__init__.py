@@ -6,7 +6,7 @@ this package is cheap; torch and transformers are imported when weights or a tok
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast
@@ -62,7 +62,7 @@ FAMILIES: dict[str, Family] = {
         "encoder",
         "PAQ's passage retriever: BERT beside dpr_index files",
         "question vectors for DPR passages; dot product",
-        "",
+        "paq-generation.yaml",
     ),
     "clip": Family(
         "encoder",
@@ -98,19 +98,19 @@ FAMILIES: dict[str, Family] = {
         "answer-extractor",
         "PAQ's BERT with start, end and span heads",
         "likely answer spans of a passage",
-        "",
+        "paq-generation.yaml",
     ),
     "spacy_ner": Family(
         "answer-extractor",
         "a spaCy pipeline (extra `ner`)",
         "the named entities of a passage",
-        "",
+        "paq-generation.yaml",
     ),
     "bart": Family(
         "question-generator",
         "BartForConditionalGeneration",
         "questions that a span answers",
-        "",
+        "paq-generation.yaml",
     ),
 }
 """Every family, a module of this package each. At most one recognises a checkpoint."""
@@ -131,8 +131,6 @@ _SUPPORTED: dict[Kind, str] = {
 def kind_of(checkpoint: str) -> tuple[str, Kind] | None:
     """Return the (family, kind) whose layout this local directory or file has, or None."""
     for name, family in FAMILIES.items():
-        if importlib.util.find_spec(f"pipelines.models.{name}") is None:
-            continue  # while the families are being written
         if _module(name).recognises(checkpoint):
             return name, family.kind
     return None
