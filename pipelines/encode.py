@@ -87,15 +87,7 @@ def resolve(config: EncoderConfig, on_gpu: bool = False) -> EncoderSpec:
     directory, query_directory = fetch(config.checkpoint), fetch(query)
     info, formatting = describe_encoder(config.checkpoint, directory, config.similarity, config.formatting)
     query_info, _ = describe_encoder(query, query_directory, config.similarity)
-    found, expected = ((i.dim, i.similarity) for i in (query_info, info))
-    if found != expected:
-        raise CheckpointError(
-            f"the query encoder gives {found[0]} values for {found[1]} similarity, the passage encoder "
-            f"{expected[0]} for {expected[1]}",
-            where=query_directory,
-            expected="two encoders trained together",
-            hint="check encoder.query_checkpoint and encoder.similarity",
-        )
+    _check_sides(info, query_info, query_directory)
     length, query_length = (min(config.max_length or i.max_length, i.max_length) for i in (info, query_info))
     digest = checkpoint_digest(directory)
     return EncoderSpec(
@@ -115,6 +107,18 @@ def resolve(config: EncoderConfig, on_gpu: bool = False) -> EncoderSpec:
         title_format=formatting,
         query_max_length=query_length if query_length != length else None,
     )
+
+
+def _check_sides(passage: EncoderInfo, query: EncoderInfo, where: str) -> None:
+    """Raise CheckpointError unless the two sides' vectors can be compared."""
+    expected, hint = "two encoders trained together", "check encoder.query_checkpoint and encoder.similarity"
+    what = ""
+    if passage.dim != query.dim:
+        what = f"the query encoder gives {query.dim} values, the passage encoder {passage.dim}"
+    elif passage.similarity != query.similarity:
+        what = f"the query encoder was trained for {query.similarity}, the passage encoder for {passage.similarity}"
+    if what:
+        raise CheckpointError(what, where=where, expected=expected, hint=hint)
 
 
 def describe_encoder(

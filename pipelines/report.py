@@ -257,6 +257,7 @@ MARKS = (
     '<circle cx="{x}" cy="{y}" r="5">{tip}</circle>',
     '<rect x="{x0}" y="{y0}" width="9" height="9">{tip}</rect>',
     '<path d="M{x} {y0}l6 5.5-6 5.5-6-5.5z">{tip}</path>',
+    '<path d="M{x} {y0}l6 10h-12z">{tip}</path>',
 )
 
 
@@ -324,7 +325,7 @@ def _line_chart(name: str, title: str, series: Sequence[tuple[str, Mapping[int, 
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots.values())
         marks = _join(_mark(i, *spots[k], f"{label}, k = {k}: {_percent(points[k])}") for k in points)
         legend = _mark(i, left + 8, 18 + 22 * i) + _label(left + 22, 22 + 22 * i, label, "start")
-        parts.append(f'<g class="s{i % 3}"><polyline points="{path}"/>{marks}{legend}</g>')
+        parts.append(f'<g class="s{i % len(MARKS)}"><polyline points="{path}"/>{marks}{legend}</g>')
     parts += _point_labels(series, at)
     spoken = "; ".join(f"{label}: " + ", ".join(f"{_percent(v)} at {k}" for k, v in p.items()) for label, p in series)
     return _svg(name, title, spoken, bottom + 52, parts)
@@ -508,9 +509,9 @@ def _duration(seconds: float) -> str:
 
 STYLE = """
 :root{--paper:#fbfaf7;--card:#fff;--ink:#1d2329;--soft:#565f68;--rule:#dcd9d1;--accent:#7a3b12;--link:#1f5a99;
---c0:#1f5fa8;--c1:#b4530f;--c2:#16705e;--zebra:#f5f3ee}
+--c0:#1f5fa8;--c1:#b4530f;--c2:#16705e;--c3:#7a2f86;--zebra:#f5f3ee}
 @media(prefers-color-scheme:dark){:root{--paper:#14171b;--card:#1c2126;--ink:#e6e8ea;--soft:#a3adb6;--rule:#363d45;
---accent:#e0a878;--link:#8cbcf0;--c0:#7fb2ee;--c1:#f0a05a;--c2:#63c9ad;--zebra:#20262c}}
+--accent:#e0a878;--link:#8cbcf0;--c0:#7fb2ee;--c1:#f0a05a;--c2:#63c9ad;--c3:#d59be0;--zebra:#20262c}}
 *{box-sizing:border-box}
 body{margin:0 auto;padding:2.5rem 1.25rem 4rem;max-width:60rem;background:var(--paper);color:var(--ink);
 font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
@@ -551,6 +552,7 @@ polyline{fill:none;stroke-width:2.5;stroke-linejoin:round}
 .s0{fill:var(--c0)}.s0 polyline{stroke:var(--c0)}
 .s1{fill:var(--c1)}.s1 polyline{stroke:var(--c1);stroke-dasharray:7 4}
 .s2{fill:var(--c2)}.s2 polyline{stroke:var(--c2);stroke-dasharray:2 4}
+.s3{fill:var(--c3)}.s3 polyline{stroke:var(--c3);stroke-dasharray:9 3 2 3}
 pre,code{font-family:ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace;font-size:.85rem}
 pre{overflow-x:auto;padding:1rem;background:var(--zebra);border-radius:6px}
 summary{cursor:pointer;font-weight:500}

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.config import EncoderConfig
-from pipelines.encode import Encoder, micro_batches, pad, resolve
+from pipelines.encode import Encoder, describe_encoder, micro_batches, pad, resolve
 from pipelines.errors import CheckpointError, ConfigError
 from pipelines.models.base import Tokens
 from tests.checkpoints import write_dpr, write_sentence_transformer
@@ -132,6 +132,27 @@ def test_a_checkpoint_that_changed_under_its_embeddings_is_refused(checkpoint: s
     spec = resolve(EncoderConfig(checkpoint=str(copied), compute="fp32"))
     with pytest.raises(CheckpointError, match="not those that made these embeddings"):
         Encoder(replace(spec, query_digest="0" * 64), "query")
+
+
+def test_two_sides_of_different_similarity_are_refused(tmp_path: Path) -> None:
+    write_dpr(str(tmp_path / "ctx"), "passage", dim=32)
+    write_sentence_transformer(str(tmp_path / "q"), dim=32)
+    with pytest.raises(CheckpointError, match="trained for cosine, the passage encoder for dot"):
+        resolve(EncoderConfig(checkpoint=str(tmp_path / "ctx"), query_checkpoint=str(tmp_path / "q")))
+
+
+def test_a_released_name_says_what_old_files_do_not(tmp_path: Path) -> None:
+    """TAS-B is a dot-product model, and its files are older than the key that says so; the config comes first."""
+    tas_b = write_sentence_transformer(str(tmp_path / "msmarco-distilbert-base-tas-b"), extras=())
+    specter = write_sentence_transformer(str(tmp_path / "allenai-specter"))
+    assert resolve(EncoderConfig(checkpoint=tas_b)).similarity == "dot"
+    assert resolve(EncoderConfig(checkpoint=tas_b, similarity="cosine")).similarity == "cosine"
+    assert resolve(EncoderConfig(checkpoint=specter)).title_format == "title[SEP]text"
+    settings = {"similarity_fn_name": "cosine"}
+    told = write_sentence_transformer(str(tmp_path / "new" / "msmarco-distilbert-base-tas-b"), settings=settings)
+    assert resolve(EncoderConfig(checkpoint=told)).similarity == "cosine"
+    other = write_dpr(str(tmp_path / "d" / "allenai-specter"), "passage")  # the files decide what it is
+    assert describe_encoder(other, other)[0].family == "dpr"
 
 
 def test_two_sides_of_different_width_are_refused(tmp_path: Path) -> None:
