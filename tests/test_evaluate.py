@@ -34,6 +34,7 @@ from pipelines.evaluate import (
     read_questions,
     recall_at,
     recall_half_width,
+    score_answers,
     score_retrieval,
 )
 from pipelines.schema import Hit, Passage, Question
@@ -640,3 +641,25 @@ def test_metric_rows_pass_over_what_is_no_score() -> None:
         ("Exact match of the first QA pair", {1: 0.5}),
     ]
     assert metric_rows({}) == []
+
+
+def test_stages_behind_retrieval_get_rows_of_their_own() -> None:
+    results = {"em": 0.5, "rerank": {"em": 0.75, "hits@1": 0.75, "depth": 50}, "reader": {"answer_em": 0.25}}
+    assert metric_rows(results) == [
+        ("Exact match of the first QA pair", {1: 0.5}),
+        ("Exact answer among the top k QA pairs, reranked", {1: 0.75}),
+        ("Exact match of the first QA pair, reranked", {1: 0.75}),
+        ("Exact match of the answer, read", {1: 0.25}),
+    ]
+
+
+def test_answers_are_scored_by_their_first() -> None:
+    questions = [
+        Question("0", "q", ["The King!"]),
+        Question("1", "q", ["x"]),
+        Question("2", "q"),
+        Question("3", "q", ["y"]),
+    ]
+    scored = score_answers(questions, [["king", "x"], ["king", "x"], ["z"], []])
+    assert scored == {"num_answer_questions": 3, "answer_em": pytest.approx(1 / 3)}
+    assert score_answers([Question("0", "q")], [["a"]]) == {"num_answer_questions": 0}

@@ -328,3 +328,14 @@ def test_any_scores_can_be_drawn(scores: dict[str, float]) -> None:
     Page(source)
     numbers = re.findall(r' (?:x|y|cx|cy|x1|x2|y1|y2)="([^"]+)"', source)
     assert all(math.isfinite(float(number)) and float(number) >= 0 for number in numbers)
+
+
+def test_reranking_and_reading_are_told() -> None:
+    scores = {"num_questions": 3, "depth": 20, "gold_top@1": 0.5, "gold_top@5": 0.9}
+    rerank = {"checkpoint": "a/reranker", "depth": 10, "seconds": 2.5, "gold_top@1": 0.7, "gold_top@5": 0.95}
+    reader = {"checkpoint": "a/reader", "depth": 3, "seconds": 2.5, "answer_em": 0.4}
+    page = render_report(MANIFEST, {**scores, "rerank": rerank, "reader": reader})
+    assert "Gold passage in the top k, reranked" in page
+    assert "Exact match of the answer, read" in page
+    assert "a/reranker" in page
+    assert "a/reader" in page
