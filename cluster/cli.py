@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from cluster.cli_files import register
+from cluster import cli_files
+from cluster.console import Json, Quiet, load, progress, show
 from pipelines.errors import PinakesError
-
-if TYPE_CHECKING:
-    from pipelines.config import Config
 
 app = typer.Typer(
     name="pinakes",
@@ -30,8 +28,6 @@ app = typer.Typer(
 
 ConfigPath = Annotated[str, typer.Argument(help="A YAML config (see configs/).", metavar="CONFIG")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key, e.g. --set index.factory=Flat.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Root = Annotated[str, typer.Option("--root", help="The root folder or s3:// URL.", envvar="PINAKES_ROOT")]
 
 
@@ -59,8 +55,8 @@ def run(config: ConfigPath, set_: Overrides = None, json_: Json = False, quiet: 
     """Do the whole job: ingest, encode, index, evaluate (if there are questions), promote."""
     from cluster import jobs, summaries
 
-    result = jobs.run(_load(config, set_), _progress(quiet))
-    _show(result, json_, summaries.run_summary)
+    result = jobs.run(load(config, set_), progress(quiet))
+    show(result, json_, summaries.run_summary)
 
 
 @app.command(epilog="Example: pinakes ingest configs/demo.yaml --json")
@@ -68,7 +64,7 @@ def ingest(config: ConfigPath, set_: Overrides = None, json_: Json = False, quie
     """Validate the sources and cut them into a snapshot of parts; bad rows go to quarantine."""
     from cluster import jobs, summaries
 
-    _show(jobs.ingest(_load(config, set_), _progress(quiet)), json_, summaries.ingest_summary)
+    show(jobs.ingest(load(config, set_), progress(quiet)), json_, summaries.ingest_summary)
 
 
 @app.command(epilog="Example: pinakes encode configs/demo.yaml --set encoder.compute=fp32")
@@ -76,7 +72,7 @@ def encode(config: ConfigPath, set_: Overrides = None, json_: Json = False, quie
     """Embed every part of the snapshot that is not embedded yet."""
     from cluster import jobs, summaries
 
-    _show(jobs.encode(_load(config, set_), _progress(quiet)), json_, summaries.encode_summary)
+    show(jobs.encode(load(config, set_), progress(quiet)), json_, summaries.encode_summary)
 
 
 @app.command(epilog="Example: pinakes index configs/demo.yaml --set index.factory=IVF256,SQ8")
@@ -84,7 +80,7 @@ def index(config: ConfigPath, set_: Overrides = None, json_: Json = False, quiet
     """Train, add, merge, verify and publish a version. The alias is set if it does not exist yet."""
     from cluster import jobs, summaries
 
-    _show(jobs.index(_load(config, set_), _progress(quiet)), json_, summaries.index_summary)
+    show(jobs.index(load(config, set_), progress(quiet)), json_, summaries.index_summary)
 
 
 @app.command(
@@ -113,16 +109,16 @@ def evaluate(
     if reproduce is not None:
         from cluster import local
 
-        _show(
-            local.reproduce(reproduce, input_ or [], limit, device, _progress(quiet)),
+        show(
+            local.reproduce(reproduce, input_ or [], limit, device, progress(quiet)),
             json_,
             summaries.reproduction_summary,
         )
         return
     assert config is not None
     overrides = [*(set_ or []), *([f"evaluate.questions={json.dumps(questions)}"] if questions else [])]
-    result = jobs.evaluate(_load(config, overrides), version, _progress(quiet))
-    _show(result, json_, summaries.evaluation_summary)
+    result = jobs.evaluate(load(config, overrides), version, progress(quiet))
+    show(result, json_, summaries.evaluation_summary)
 
 
 @app.command(epilog="Example: pinakes serve configs/demo.yaml --set serve.port=8080")
@@ -130,7 +126,7 @@ def serve(config: ConfigPath, set_: Overrides = None, quiet: Quiet = False) -> N
     """Serve the alias over HTTP until Ctrl-C: the search page, POST /search, GET /passages/{id}."""
     from cluster import jobs
 
-    jobs.serve_until_interrupted(_load(config, set_), _progress(quiet))
+    jobs.serve_until_interrupted(load(config, set_), progress(quiet))
 
 
 @app.command(epilog='Example: pinakes search "who invented the telephone" --root pinakes-data --name wikipedia -k 5')
@@ -149,7 +145,7 @@ def search(
     from cluster import local, summaries
 
     stages = local.stages(rerank, answer, tokeniser)
-    _show(local.search(root, name, version, query, k, *stages), json_, summaries.search_summary)
+    show(local.search(root, name, version, query, k, *stages), json_, summaries.search_summary)
 
 
 @app.command(epilog="Example: pinakes status --root s3://bucket/pinakes --json")
@@ -157,7 +153,7 @@ def status(root: Root = "pinakes-data", json_: Json = False) -> None:
     """List snapshots, embeddings, versions and aliases, finished or under way."""
     from cluster import local, summaries
 
-    _show(local.status(root), json_, summaries.status_summary)
+    show(local.status(root), json_, summaries.status_summary)
 
 
 @app.command(epilog="Example: pinakes models --released --json")
@@ -169,7 +165,7 @@ def models(
     """List the model families: how each lies on disk and what it computes."""
     from cluster import local, summaries
 
-    _show(local.models(released, published), json_, summaries.models_summary)
+    show(local.models(released, published), json_, summaries.models_summary)
 
 
 @app.command(epilog="Example: pinakes inspect sentence-transformers/all-MiniLM-L6-v2")
@@ -180,7 +176,7 @@ def inspect(
     """Say what a checkpoint is and gives (dimension, similarity, length, prompts), or what a file of the root holds."""
     from cluster import local, summaries
 
-    _show(local.inspect(target), json_, summaries.plain_summary)
+    show(local.inspect(target), json_, summaries.plain_summary)
 
 
 @app.command(epilog="Example: pinakes promote wikipedia 3f2a91c04be7d815 --root pinakes-data")
@@ -193,7 +189,7 @@ def promote(
     """Point an alias to a version."""
     from pipelines import publish
 
-    _show(publish.promote(root, name, version), json_, lambda r: f"{name} -> {r['current']}")
+    show(publish.promote(root, name, version), json_, lambda r: f"{name} -> {r['current']}")
 
 
 @app.command(epilog="Example: pinakes rollback wikipedia --root pinakes-data")
@@ -205,7 +201,7 @@ def rollback(
     """Point an alias back to its previous version."""
     from pipelines import publish
 
-    _show(publish.rollback(root, name), json_, lambda r: f"{name} -> {r['current']}")
+    show(publish.rollback(root, name), json_, lambda r: f"{name} -> {r['current']}")
 
 
 @app.command(epilog="Example: pinakes demo --once")
@@ -220,28 +216,7 @@ def demo(
     """Run the whole job on the documentation of the installed Python packages, then serve it."""
     from cluster import jobs
 
-    jobs.demo(_load(config, set_), once, _progress(quiet))
+    jobs.demo(load(config, set_), once, progress(quiet))
 
 
-def _load(path: str, overrides: list[str] | None) -> Config:
-    from pipelines.config import load_config
-
-    return load_config(path, overrides)
-
-
-def _progress(quiet: bool) -> Any:
-    from cluster.progress import Progress
-
-    return Progress(quiet)
-
-
-def _show(result: dict[str, Any], as_json: bool, summary: Any) -> None:
-    if as_json:
-        print(json.dumps(result, ensure_ascii=False))
-        return
-    from rich.console import Console
-
-    Console(highlight=False).print(summary(result), markup=False)
-
-
-register(app, _progress, _show)
+app.add_typer(cli_files.app)

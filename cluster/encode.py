@@ -134,10 +134,11 @@ def _stream(
     items = [{"part": json.dumps(part)} for part in missing]
     one_part = {"batch_size": 1, "batch_format": "pyarrow"}
     reader, encoder = (_ImageReader, _ImageEncoderActor) if images else (_Tokeniser, _EncoderActor)
+    reader_arguments = (passages,) if images else (passages, spec)
     actor_arguments = (spec, use.device, use.threads)
     dataset = (
         ray.data.from_items(items, override_num_blocks=len(items))
-        .map_batches(reader, fn_constructor_args=(passages, spec), compute=use.helpers, **one_part, **use.helper)
+        .map_batches(reader, fn_constructor_args=reader_arguments, compute=use.helpers, **one_part, **use.helper)
         .map_batches(encoder, fn_constructor_args=actor_arguments, compute=use.actors, **one_part, **use.actor)
         .map_batches(_Writer, fn_constructor_args=(store, spec), compute=use.helpers, **one_part, **use.helper)
     )
@@ -187,7 +188,7 @@ class _EncoderActor:
 class _ImageReader:
     """Read parts of images; there is nothing to tokenise."""
 
-    def __init__(self, passages: Store, spec: EncoderSpec) -> None:
+    def __init__(self, passages: Store) -> None:
         self.passages = passages
 
     def __call__(self, batch: pa.Table) -> pa.Table:

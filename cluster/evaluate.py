@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from cluster.pools import run_tasks
+from cluster.pools import run_on_actors, run_tasks
 from cluster.progress import Progress
 from pipelines import publish
 from pipelines.answer import answers, load_reader
@@ -50,14 +52,14 @@ def evaluate(root: str, manifest: dict[str, Any], config: Config, progress: Prog
     result["latency"] = _latency(retriever, [q.text for q in questions[:_LATENCY_QUERIES]])
     result["version"], result["questions"] = manifest["version"], settings.questions
     if config.rerank or config.answer:
-        orders, given, seconds = _second_stage(root, manifest, questions, found, config, progress)
+        read = _second_stage(root, manifest, questions, found, config, progress)
         if config.rerank:
-            reranked = _in_order(retriever.passages, found, orders)
+            reranked = _in_order(retriever.passages, found, read.orders)
             scores = score_retrieval(questions, reranked, ks=ks, id_of=id_of)
-            result["rerank"] = {**config.rerank.model_dump(), "seconds": seconds, **scores}
+            result["rerank"] = {**config.rerank.model_dump(), "seconds": read.seconds["rerank"], **scores}
         if config.answer:
-            about = {"checkpoint": config.answer.reader, "depth": config.answer.depth, "seconds": seconds}
-            result["reader"] = {**about, **score_answers(questions, given)}
+            about = {"checkpoint": config.answer.reader, "depth": config.answer.depth, "seconds": read.seconds["read"]}
+            result["reader"] = {**about, **score_answers(questions, read.answers)}
     publish.save_evaluation(root, manifest, result)
     return result
 
@@ -72,21 +74,33 @@ def _search(root: str, manifest: dict[str, Any], questions: list[Question], k: i
     return [found[i] for i in range(len(batches))]
 
 
+@dataclass(frozen=True)
+class _Read:
+    """What the stages behind retrieval gave: each question's rows in their new order, its answer (none, or the best),
+    and the workers' seconds by stage."""
+
+    orders: list[list[int]]
+    answers: list[list[str]]
+    seconds: dict[str, float]
+
+
 def _second_stage(
     root: str, manifest: dict[str, Any], questions: list[Question], found: Found, config: Config, progress: Progress
-) -> tuple[list[list[int]], list[list[str]], float]:
-    """Rerank and read. Returns each question's rows in their new order, its answers (best first), and the seconds."""
+) -> _Read:
     gpus = config.cluster.gpus_per_worker
-    orders: dict[int, list[list[int]]] = {}
-    given: dict[int, list[list[str]]] = {}
     items = list(_read_batches(questions, found))
-    common = (root, manifest, config.rerank, config.answer, "cuda" if gpus else "cpu")
+    parts: dict[int, _Read] = {}
+    arguments = (root, manifest, config.rerank, config.answer, "cuda" if gpus else "cpu")
     with progress.stage("rerank" if config.rerank else "read", len(items)) as stage:
-        for position, (order, answered) in run_tasks(_second_task, items, *common, num_gpus=gpus):
-            orders[position], given[position] = order, answered
-            stage.advance(questions=len(order))
-    flat_orders = [order for i in range(len(items)) for order in orders[i]]
-    return flat_orders, [texts for i in range(len(items)) for texts in given[i]], round(stage.seconds, 3)
+        for position, part in run_on_actors(_Stages, arguments, items, num_gpus=gpus):
+            parts[position] = part
+            stage.advance(questions=len(part.orders))
+    ordered = [parts[i] for i in range(len(items))]
+    return _Read(
+        [order for part in ordered for order in part.orders],
+        [given for part in ordered for given in part.answers],
+        {name: round(sum(part.seconds[name] for part in ordered), 3) for name in ("rerank", "read")},
+    )
 
 
 def _read_batches(questions: list[Question], found: Found) -> Iterator[tuple[list[str], Any, Any]]:
@@ -98,20 +112,36 @@ def _read_batches(questions: list[Question], found: Found) -> Iterator[tuple[lis
         start += len(rows)
 
 
-def _second_task(
-    item: tuple[list[str], Any, Any],
-    root: str,
-    manifest: dict[str, Any],
-    reranking: RerankConfig | None,
-    answering: AnswerConfig | None,
-    device: str,
-) -> tuple[list[list[int]], list[list[str]]]:
-    queries, scores, rows = item
-    hits = _passages(root, json.dumps(manifest, sort_keys=True)).hits(scores, rows)
-    if reranking:
-        hits = rerank_all(_reranker(reranking, device), queries, hits, reranking.depth)
-    read = answers(_reader(answering, device), queries, hits, answering.depth) if answering else [[] for _ in queries]
-    return [[hit.row for hit in found] for found in hits], [[a.text for a in given] for given in read]
+class _Stages:
+    """Hold the reranker and the reader, and run the hits of a few questions through them."""
+
+    def __init__(
+        self,
+        root: str,
+        manifest: dict[str, Any],
+        reranking: RerankConfig | None,
+        answering: AnswerConfig | None,
+        device: str,
+    ) -> None:
+        self.passages = Passages(root, manifest)
+        self.reranking, self.answering = reranking, answering
+        self.reranker = load_reranker(reranking, device) if reranking else None
+        self.reader: Any = None
+        if answering:
+            self.reader = load_reader(answering.reader, answering.compute, device, tokeniser=answering.tokeniser)
+
+    def work(self, item: tuple[list[str], Any, Any]) -> _Read:
+        """Return what came of (queries, score_BK, row_BK)."""
+        queries, scores, rows = item
+        clock = [time.perf_counter()]
+        hits = self.passages.hits(scores, rows)
+        if self.reranking and self.reranker:
+            hits = rerank_all(self.reranker, queries, hits, self.reranking.depth)
+        clock.append(time.perf_counter())
+        read = answers(self.reader, queries, hits, self.answering.depth) if self.answering else [[] for _ in queries]
+        clock.append(time.perf_counter())
+        seconds = {"rerank": clock[1] - clock[0], "read": clock[2] - clock[1]}
+        return _Read([[hit.row for hit in few] for few in hits], [[a.text for a in few[:1]] for few in read], seconds)
 
 
 def _in_order(passages: Passages, found: Found, orders: list[list[int]]) -> Iterator[list[Hit]]:
@@ -139,18 +169,3 @@ def _search_task(queries: list[str], root: str, manifest: dict[str, Any], k: int
 @lru_cache(maxsize=1)
 def _retriever(root: str, manifest: str) -> Retriever:
     return Retriever(root, json.loads(manifest), num_threads=1)
-
-
-@lru_cache(maxsize=1)
-def _passages(root: str, manifest: str) -> Passages:
-    return Passages(root, json.loads(manifest))
-
-
-@lru_cache(maxsize=1)
-def _reranker(config: RerankConfig, device: str) -> Any:
-    return load_reranker(config, device)
-
-
-@lru_cache(maxsize=1)
-def _reader(config: AnswerConfig, device: str) -> Any:
-    return load_reader(config.reader, config.compute, device, tokeniser=config.tokeniser)

@@ -14,7 +14,7 @@ from typing import Any
 from cluster.progress import Progress
 from cluster.session import result_stream, session
 from pipelines import publish
-from pipelines.answer import STORED
+from pipelines.answer import check_reader
 from pipelines.config import Config
 from pipelines.encode import EncoderSpec, check_takes_images, resolve
 from pipelines.models import find_model
@@ -106,6 +106,7 @@ def demo(config: Config, once: bool, progress: Progress) -> None:
 @contextmanager
 def serving(config: Config) -> Iterator[str]:
     publish.read_alias(config.root, config.index.name)
+    _check_stages(config)
     with session(config.cluster):
         from cluster import serve
 
@@ -147,11 +148,16 @@ def _encoder(config: Config) -> EncoderSpec:
     spec = resolve(config.encoder, on_gpu=config.cluster.gpus_per_worker > 0)
     if config.corpus.format == "images":
         check_takes_images(spec)
+    _check_stages(config)
+    return spec
+
+
+def _check_stages(config: Config) -> None:
+    """Look at the reranker and the reader of the config, without loading them."""
     if config.rerank:
         find_model(fetch(config.rerank.checkpoint), "cross-encoder")
-    if config.answer and config.answer.reader != STORED:
-        find_model(fetch(config.answer.reader), "reader")
-    return spec
+    if config.answer:
+        check_reader(config.answer.reader, config.answer.tokeniser)
 
 
 def _ingest(config: Config, progress: Progress) -> dict[str, Any]:

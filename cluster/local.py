@@ -100,6 +100,8 @@ def reproduce(name: str, inputs: list[str], limit: int | None, device: str, prog
     given = dict(item.split("=", 1) for item in inputs if "=" in item)
     if wrong := [item for item in inputs if "=" not in item]:
         raise ConfigError(f"cannot read the input {wrong[0]!r}", expected="KEY=PATH, e.g. checkpoint=models/mine")
+    if len(given) != len(inputs):
+        raise ConfigError("an input is given twice", expected="each KEY once")
     return rerun(row, given, limit=limit, device=device, progress=_told(progress))
 
 

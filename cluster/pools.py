@@ -18,7 +18,7 @@ _WINDOW_PER_CPU = 4
 
 
 def run_tasks(
-    function: Callable[..., Any], items: Sequence[Any], *common: Any, num_cpus: float = 1.0, num_gpus: float = 0
+    function: Callable[..., Any], items: Sequence[Any], *common: Any, num_cpus: float = 1.0
 ) -> Iterator[tuple[int, Any]]:
     """Run `function(item, *common)` for every item as Ray tasks; yield (position, result) as they finish.
 
@@ -28,7 +28,7 @@ def run_tasks(
     import ray
 
     shared = [ray.put(c) for c in common]
-    task = ray.remote(function).options(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=_RETRIES)
+    task = ray.remote(function).options(num_cpus=num_cpus, max_retries=_RETRIES)
     window = max(4, int(cluster_cpus() / num_cpus * _WINDOW_PER_CPU))
     waiting: dict[Any, int] = {}
     upcoming = iter(enumerate(items))
@@ -38,6 +38,42 @@ def run_tasks(
             yield from _collect(waiting)
     while waiting:
         yield from _collect(waiting)
+
+
+def run_on_actors(
+    worker: type, arguments: Sequence[Any], items: Sequence[Any], *, num_gpus: float = 0
+) -> Iterator[tuple[int, Any]]:
+    """Run `worker(*arguments).work(item)` for every item; yield (position, result) as they finish.
+
+    For work that needs a model loaded: a few actors, one for each core or GPU, that end with the stage and give their
+    memory back. A dead one is started again.
+    """
+    import ray
+
+    fits = ray.cluster_resources().get("GPU", 0) / num_gpus if num_gpus else cluster_cpus()
+    options = {"num_cpus": 1.0, "num_gpus": num_gpus, "max_restarts": _RETRIES, "max_task_retries": _RETRIES}
+    kind = ray.remote(worker).options(**options)
+    actors = [kind.remote(*arguments) for _ in range(max(1, min(int(fits), len(items))))]
+    waiting: dict[Any, int] = {}
+    owner: dict[int, Any] = {}
+
+    def give(actor: Any) -> None:
+        if (following := next(upcoming, None)) is not None:
+            position, item = following
+            waiting[actor.work.remote(item)] = position
+            owner[position] = actor
+
+    upcoming = iter(enumerate(items))
+    try:
+        for actor in actors * 2:  # one item under way and one waiting, each
+            give(actor)
+        while waiting:
+            for position, result in _collect(waiting):
+                give(owner.pop(position))
+                yield position, result
+    finally:
+        for actor in actors:
+            ray.kill(actor)
 
 
 def run_task(function: Callable[..., Any], *arguments: Any, num_cpus: float = 1.0) -> Any:

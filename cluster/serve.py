@@ -16,7 +16,8 @@ import asyncio
 import logging
 import time
 import urllib.request
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from ray import serve
 
 from cluster.api import AnswerModel, HitModel, PassageModel, SearchRequest, SearchResponse, api
 from pipelines import publish
-from pipelines.answer import answers, load_reader
+from pipelines.answer import answers_within, load_reader
 from pipelines.config import AnswerConfig, Config, RerankConfig, ServeConfig
 from pipelines.errors import ArtifactError, ConfigError, PinakesError
 from pipelines.index.search import merge_topk
@@ -51,14 +52,15 @@ class _Elsewhere:
 
 
 async def _within(deadline: float, ask: Any) -> Any:
-    """Return what `ask(seconds left)` answers before the deadline, else None."""
+    """Return what `ask(seconds left)` answers before the deadline, else None; what is still under way is cancelled."""
     left = deadline - time.perf_counter()
     if left <= 0:
         return None
-    reply: Awaitable[Any] = ask(left)
+    reply = ask(left)
     try:
-        return await asyncio.wait_for(asyncio.ensure_future(_awaited(reply)), left)
+        return await asyncio.wait_for(_awaited(reply), left)
     except TimeoutError:
+        reply.cancel()
         return None
 
 
@@ -88,38 +90,53 @@ class Shard:
         return await asyncio.to_thread(self.shard.search, queries_BD, k)
 
 
-@serve.deployment(max_ongoing_requests=16, ray_actor_options={"num_cpus": _SHARD_CPUS})
-class Reranker:
+class _Stage:
+    """A model that works for one request after the other, on a thread of its own; waiting counts against the time."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="stage")
+
+    async def _run(self, seconds: float, work: Callable[[float], Any]) -> Any:
+        """Return `work(seconds left)`, run when its turn comes, or None when that is too late."""
+        deadline = time.monotonic() + seconds
+
+        def in_turn() -> Any:
+            left = deadline - time.monotonic()
+            return work(left) if left > 0 else None
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, in_turn)
+
+
+@serve.deployment(max_ongoing_requests=16)
+class Reranker(_Stage):
     """The cross-encoder or PAQ reranker."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], device: str) -> None:
+        super().__init__()
         self.config = RerankConfig(**config)
-        self.model = load_reranker(self.config)
+        self.model = load_reranker(self.config, device)
 
     async def rerank(self, queries: list[str], hits: list[list[Hit]], seconds: float) -> list[list[Hit]] | None:
         """Return the hits reordered, or None when that takes longer than `seconds`."""
-        return await asyncio.to_thread(rerank_within, self.model, queries, hits, self.config.depth, seconds)
+        depth = self.config.depth
+        return await self._run(seconds, lambda left: rerank_within(self.model, queries, hits, depth, left))
 
 
-@serve.deployment(max_ongoing_requests=16, ray_actor_options={"num_cpus": _SHARD_CPUS})
-class Reader:
+@serve.deployment(max_ongoing_requests=16)
+class Reader(_Stage):
     """What answers from the hits."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], device: str) -> None:
+        super().__init__()
         self.config = AnswerConfig(**config)
-        self.model = load_reader(self.config.reader, self.config.compute, "cpu", tokeniser=self.config.tokeniser)
+        compute, tokeniser = self.config.compute, self.config.tokeniser
+        self.model = load_reader(self.config.reader, compute, device, tokeniser=tokeniser)
 
     async def answer(self, queries: list[str], hits: list[list[Hit]], seconds: float) -> list[list[Answer]] | None:
-        """Return each query's answers, best first, or None when reading takes longer than `seconds`.
-
-        The clock is looked at between queries: what is read already is in vain then, as a late answer would be.
-        """
-        deadline, found = time.monotonic() + seconds, []
-        for query, few in zip(queries, hits, strict=True):
-            if time.monotonic() > deadline:
-                return None
-            found += await asyncio.to_thread(answers, self.model, [query], [few], self.config.depth)
-        return [given[:_MAX_ANSWERS] for given in found]
+        """Return each query's answers, best first, or None when reading takes longer than `seconds`."""
+        depth = self.config.depth
+        found = await self._run(seconds, lambda left: answers_within(self.model, queries, hits, depth, left))
+        return None if found is None else [given[:_MAX_ANSWERS] for given in found]
 
 
 @serve.deployment(max_ongoing_requests=256, ray_actor_options={"num_cpus": _GATEWAY_CPUS})
@@ -270,12 +287,16 @@ def application(aliases: list[str], config: Config) -> Any:
             shards[alias] = [
                 shard.options(name=f"shard-{alias}-{n}").bind(root, manifest, n) for n in range(manifest["num_shards"])
             ]
-    rerankers: Any = Reranker
-    readers: Any = Reader
-    reranker = rerankers.bind(config.rerank.model_dump()) if config.rerank else None
-    reader = readers.bind(config.answer.model_dump()) if config.answer else None
+    reranker = _bind_stage(Reranker, config.rerank, config.serve) if config.rerank else None
+    reader = _bind_stage(Reader, config.answer, config.serve) if config.answer else None
     gateway = Gateway.options(num_replicas=config.serve.replicas)  # type: ignore[attr-defined]
     return gateway.bind(root, versions, config.model_dump(), shards, reranker, reader)
+
+
+def _bind_stage(deployment: Any, stage: RerankConfig | AnswerConfig, config: ServeConfig) -> Any:
+    resources = {"num_cpus": config.cpus_per_stage, "num_gpus": config.gpus_per_stage}
+    chosen = deployment.options(num_replicas=config.replicas, ray_actor_options=resources)
+    return chosen.bind(stage.model_dump(), "cuda" if config.gpus_per_stage else "cpu")
 
 
 def start(aliases: list[str], config: Config) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Sequence
 from typing import Any
 
-from pipelines.errors import ConfigError
-from pipelines.models.base import Answer, Reader
+from pipelines.errors import CheckpointError, ConfigError
+from pipelines.models.base import Answer, ModelFamily, Reader
 from pipelines.schema import Hit, Passage
 
 STORED = "stored"
@@ -47,27 +48,62 @@ def answers(
     return reader.answer(questions, [[hit.passage for hit in hits[:depth]] for hits in hits_per_question])
 
 
+def answers_within(
+    reader: Reader, questions: Sequence[str], hits_per_question: Sequence[Sequence[Hit]], depth: int, seconds: float
+) -> list[list[Answer]] | None:
+    """Answer as `answers`, or return None once `seconds` are over: looked at before each question."""
+    deadline = time.monotonic() + seconds
+    found: list[list[Answer]] = []
+    for question, hits in zip(questions, hits_per_question, strict=True):
+        if time.monotonic() > deadline:
+            return None
+        found += answers(reader, [question], [hits], depth)
+    return found
+
+
 def load_reader(checkpoint: str, dtype: str = "fp32", device: str = "cpu", tokeniser: str | None = None) -> Reader:
     """Return the reader of `checkpoint`: "stored", or a directory, URL or hub name (a DPR reader, a FiD reader).
 
-    tokeniser: directory, URL or hub name of the tokeniser, for a reader that comes without one. Raises CheckpointError
-    when the checkpoint is no reader or incomplete, ConfigError for a tokeniser where none can be used.
+    dtype: fp32, bf16, fp16, or auto for what the hardware has. tokeniser: directory, URL or hub name of the tokeniser,
+    for a reader that comes without one. Raises CheckpointError when the checkpoint is no reader or incomplete,
+    ConfigError for a tokeniser where none can be used.
     """
     if checkpoint == STORED:
-        if tokeniser is not None:
-            raise ConfigError("answer.tokeniser: stored answers are not read by a model", expected="no tokeniser")
+        check_reader(checkpoint, tokeniser)
         return StoredAnswers()
+    from pipelines.encode import settle_compute
+
+    family, directory, options = _find_reader(checkpoint, tokeniser)
+    settled = settle_compute(dtype, device)
+    if dtype == "auto" and settled == "fp16":
+        settled = "fp32"  # what every reader computes in; a T5 overflows in fp16
+    reader: Reader = family.load(directory, settled, device, **options)
+    return reader
+
+
+def check_reader(checkpoint: str, tokeniser: str | None = None) -> None:
+    """Raise what `load_reader` would raise before it comes to the weights."""
+    if checkpoint != STORED:
+        _find_reader(checkpoint, tokeniser)
+    elif tokeniser is not None:
+        raise ConfigError("answer.tokeniser: stored answers are not read by a model", expected="no tokeniser")
+
+
+def _find_reader(checkpoint: str, tokeniser: str | None) -> tuple[ModelFamily, str, dict[str, Any]]:
+    """Return the family, the local directory and the options of `load`."""
     from pipelines.models import find_model
     from pipelines.models.fetch import fetch
 
-    local = fetch(checkpoint)
-    family = find_model(local, "reader")
-    options: dict[str, Any] = {}
-    if tokeniser is not None:
-        if "tokeniser" not in inspect.signature(family.load).parameters:
-            raise ConfigError(
-                "answer.tokeniser: this reader has its own tokeniser", where=local, expected="no such key"
-            )
-        options["tokeniser"] = fetch(tokeniser)
-    reader: Reader = family.load(local, dtype, device, **options)
-    return reader
+    directory = fetch(checkpoint)
+    family = find_model(directory, "reader")
+    takes_one = "tokeniser" in inspect.signature(family.load).parameters
+    if tokeniser is None and takes_one and not family.info(directory).details["has_tokeniser"]:
+        hint = "set answer.tokeniser (--tokeniser) to the directory of the T5 tokeniser; t5-base has PAQ's and FiD's"
+        raise CheckpointError("this reader comes without a tokeniser", where=directory, hint=hint)
+    if tokeniser is None:
+        return family, directory, {}
+    if not takes_one:
+        raise ConfigError(
+            "answer.tokeniser: this reader has its own tokeniser", where=directory, expected="no such key"
+        )
+    return family, directory, {"tokeniser": fetch(tokeniser)}

@@ -123,11 +123,16 @@ class ServeConfig(Strict):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     replicas: int = Field(default=1, ge=1)
+    """Of the gateway, and of the reranker and the reader where there are any."""
     placement: Literal["together", "spread"] = "together"
     """together: every replica maps all shards; spread: a deployment for each shard."""
     max_k: int = Field(default=1000, ge=1)
     max_batch: int = Field(default=256, ge=1)
     max_query_chars: int = Field(default=10_000, ge=1)
+    cpus_per_stage: float = Field(default=0.2, gt=0)
+    """Of a reranker's or reader's replica; from 1 on it computes with as many threads."""
+    gpus_per_stage: float = Field(default=0, ge=0)
+    """With a GPU, or a share of one, the reranker and the reader compute there."""
     budget_ms: int = Field(default=30_000, ge=1)
     """Time that a request may spend; a stage that no longer fits is left out and named in the answer."""
 

@@ -6,7 +6,7 @@ depend on the part, the encoder and the budget, never on how many workers there 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.errors import CheckpointError, ConfigError
+from pipelines.models.tokens import micro_batches, pad
 
 if TYPE_CHECKING:
     from pipelines.config import EncoderConfig
@@ -87,7 +88,7 @@ def resolve(config: EncoderConfig, on_gpu: bool = False) -> EncoderSpec:
     directory, query_directory = fetch(config.checkpoint), fetch(query)
     info, formatting = describe_encoder(config.checkpoint, directory, config.similarity, config.formatting)
     query_info, _ = describe_encoder(query, query_directory, config.similarity)
-    _check_sides(info, query_info, query_directory)
+    _check_sides(info, query_info, directory, query_directory)
     length, query_length = (min(config.max_length or i.max_length, i.max_length) for i in (info, query_info))
     digest = checkpoint_digest(directory)
     return EncoderSpec(
@@ -98,7 +99,7 @@ def resolve(config: EncoderConfig, on_gpu: bool = False) -> EncoderSpec:
         dim=info.dim,
         similarity=info.similarity,
         max_length=length,
-        compute=default_compute(on_gpu) if config.compute == "auto" else config.compute,
+        compute=settle_compute(config.compute, "cuda" if on_gpu else "cpu"),
         storage=config.storage,
         token_budget=config.token_budget,
         formatting=info.formatting,
@@ -109,29 +110,42 @@ def resolve(config: EncoderConfig, on_gpu: bool = False) -> EncoderSpec:
     )
 
 
-def _check_sides(passage: EncoderInfo, query: EncoderInfo, where: str) -> None:
-    """Raise CheckpointError unless the two sides' vectors can be compared."""
-    expected, hint = "two encoders trained together", "check encoder.query_checkpoint and encoder.similarity"
+def _check_sides(passage: EncoderInfo, query: EncoderInfo, where: str, query_where: str) -> None:
+    """Raise CheckpointError unless each encoder is of its side and the two sides' vectors can be compared."""
+    for info, side, directory in ((passage, "passage", where), (query, "query", query_where)):
+        own = info.details.get("side", "both")
+        if own not in (side, "both"):
+            hint = "encoder.checkpoint encodes passages, encoder.query_checkpoint queries: set both, not swapped"
+            raise CheckpointError(f"this encodes the {own} side", where=directory, expected=f"one for the {side} side",
+                                  hint=hint)  # fmt: skip
     what = ""
     if passage.dim != query.dim:
         what = f"the query encoder gives {query.dim} values, the passage encoder {passage.dim}"
     elif passage.similarity != query.similarity:
         what = f"the query encoder was trained for {query.similarity}, the passage encoder for {passage.similarity}"
     if what:
-        raise CheckpointError(what, where=where, expected=expected, hint=hint)
+        hint = "check encoder.query_checkpoint and encoder.similarity"
+        raise CheckpointError(what, where=query_where, expected="two encoders trained together", hint=hint)
 
 
 def describe_encoder(
     checkpoint: str, directory: str, similarity: Similarity | None = None, formatting: Formatting | None = None
 ) -> tuple[EncoderInfo, Formatting | None]:
     """Return what the encoder at `directory` is, and its formatting, with what is known of a released `checkpoint`."""
-    from pipelines.models import find_family, kind_of
+    from pipelines.models import find_family
     from pipelines.models.released import settle
 
     family = find_family(directory)
-    name, _ = kind_of(directory) or ("", "encoder")
-    similarity, formatting = settle(checkpoint, directory, name, similarity, formatting)
-    return family.info(directory, similarity=similarity, formatting=formatting), formatting
+    found = family.info(directory)
+    similarity, formatting = settle(checkpoint, directory, found.family, similarity, formatting)
+    if similarity or formatting:
+        found = family.info(directory, similarity=similarity, formatting=formatting)
+    return found, formatting
+
+
+def settle_compute(compute: str, device: str) -> str:
+    """Return the arithmetic of a model on `device`: as asked for, or for `auto` what the hardware has."""
+    return default_compute(device != "cpu") if compute == "auto" else compute
 
 
 def default_compute(on_gpu: bool) -> str:
@@ -265,32 +279,3 @@ def load_tokeniser(spec: EncoderSpec, side: Side) -> Tokeniser:
     directory = fetch(spec.checkpoint if side == "passage" else spec.query_checkpoint)
     title_format = spec.title_format if side == "passage" else None  # queries have no titles
     return find_family(directory).load_tokeniser(directory, spec.length(side), formatting=title_format)
-
-
-def micro_batches(length_N: Array, token_budget: int) -> Iterator[Array]:
-    """Yield index arrays that cover 0..N-1 once: longest first, each of at most `token_budget` padded tokens.
-
-    A text longer than the budget gets a micro-batch of its own.
-    """
-    order = np.argsort(-np.asarray(length_N), kind="stable")
-    start = 0
-    while start < len(order):
-        longest = max(1, int(length_N[order[start]]))
-        stop = start + max(1, token_budget // longest)
-        yield order[start:stop]
-        start = stop
-
-
-def pad(tokens: Tokens, batch: Array, pad_id: int) -> tuple[Array, Array, Array | None]:
-    """Return ids_BL, mask_BL and types_BL (int64; types None when the model takes none) for the texts in `batch`."""
-    starts, length_B = tokens.offsets[batch], tokens.lengths[batch]
-    column = np.arange(max(1, int(length_B.max(initial=0))))
-    mask_BL = column[None, :] < length_B[:, None]
-    source = (starts[:, None] + column[None, :])[mask_BL]
-    ids_BL = np.full(mask_BL.shape, pad_id, np.int64)
-    ids_BL[mask_BL] = tokens.ids[source]
-    if tokens.type_ids is None:
-        return ids_BL, mask_BL.astype(np.int64), None
-    types_BL = np.zeros(mask_BL.shape, np.int64)
-    types_BL[mask_BL] = tokens.type_ids[source]
-    return ids_BL, mask_BL.astype(np.int64), types_BL

@@ -21,12 +21,12 @@ _PAIRS_AT_ONCE = 64  # between two looks at the clock
 
 def load_reranker(config: RerankConfig, device: str = "cpu") -> CrossEncoder:
     """Fetch and load the cross-encoder or PAQ reranker of `config`. Raises CheckpointError."""
-    from pipelines.encode import default_compute
+    from pipelines.encode import settle_compute
     from pipelines.models import find_model
     from pipelines.models.fetch import fetch
 
     directory = fetch(config.checkpoint)
-    compute = default_compute(device != "cpu") if config.compute == "auto" else config.compute
+    compute = settle_compute(config.compute, device)
     model: CrossEncoder = find_model(directory, "cross-encoder").load(directory, compute, device)
     return model
 

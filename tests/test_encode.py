@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.config import EncoderConfig
-from pipelines.encode import Encoder, describe_encoder, micro_batches, pad, resolve
+from pipelines.encode import Encoder, describe_encoder, resolve
 from pipelines.errors import CheckpointError, ConfigError
 from pipelines.models.base import Tokens
+from pipelines.models.tokens import micro_batches, pad
 from tests.checkpoints import write_dpr, write_sentence_transformer
 
 
@@ -139,6 +141,18 @@ def test_two_sides_of_different_similarity_are_refused(tmp_path: Path) -> None:
     write_sentence_transformer(str(tmp_path / "q"), dim=32)
     with pytest.raises(CheckpointError, match="trained for cosine, the passage encoder for dot"):
         resolve(EncoderConfig(checkpoint=str(tmp_path / "ctx"), query_checkpoint=str(tmp_path / "q")))
+
+
+@pytest.mark.parametrize(
+    ("passage", "query", "words"),
+    [("passage", None, "encodes the passage side"), ("query", "query", "encodes the query side"),
+     ("query", "passage", "encodes the query side")],
+)  # fmt: skip
+def test_an_encoder_of_the_other_side_is_refused_at_once(tmp_path: Path, passage: Any, query: Any, words: str) -> None:
+    first = write_dpr(str(tmp_path / "p"), passage)
+    second = write_dpr(str(tmp_path / "q"), query) if query else None
+    with pytest.raises(CheckpointError, match=words):
+        resolve(EncoderConfig(checkpoint=first, query_checkpoint=second))
 
 
 def test_a_released_name_says_what_old_files_do_not(tmp_path: Path) -> None:

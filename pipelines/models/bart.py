@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pipelines.errors import CheckpointError, ConfigError, InputError
 from pipelines.models import tokens
-from pipelines.models.base import ModelInfo, Span
+from pipelines.models.base import ModelInfo, Span, Tokens
 from pipelines.models.files import read_json, refuse, require_files, tensor_shapes
 
 _NUM_BEAMS = 4
@@ -37,8 +38,6 @@ _OWN_KEYS = (
     *("repetition_penalty", "bad_words_ids", "forced_bos_token_id", "forced_eos_token_id"),
     *("suppress_tokens", "begin_suppress_tokens"),
 )
-# What transformers' clean-up of tokenisation spaces removes; it no longer does so for byte-level BPE by itself.
-_CLEAN = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 
 def recognises(directory: str) -> bool:
@@ -205,32 +204,23 @@ class BartGenerator:
 
     def generate(self, titles: Sequence[str], texts: Sequence[str], spans: Sequence[Span]) -> list[list[str]]:
         """Return num_questions questions for each (title, text, span), best first; equal ones are not merged."""
-        rows = self.encoder.encode(titles, texts, spans)
-        order = sorted(range(len(rows)), key=lambda at: len(rows[at]))
-        questions: list[list[str]] = [[] for _ in rows]
+        rows = tokens.flatten(self.encoder.encode(titles, texts, spans))
+        order = np.argsort(rows.lengths, kind="stable")
+        questions: list[list[str]] = [[] for _ in texts]
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
-            written = self._search([rows[at] for at in batch])
+            written = self._search(rows, batch)
             for place, at in enumerate(batch):
                 questions[at] = written[place * self.num_questions : (place + 1) * self.num_questions]
         return questions
 
-    def _search(self, rows: list[list[int]]) -> list[str]:
+    def _search(self, rows: Tokens, batch: npt.NDArray[np.int64]) -> list[str]:
         import torch
 
-        ids_BL = np.full((len(rows), max(map(len, rows))), self.encoder.pad_id, dtype=np.int64)
-        mask_BL = np.zeros_like(ids_BL)
-        for at, row in enumerate(rows):
-            ids_BL[at, : len(row)], mask_BL[at, : len(row)] = row, 1
+        ids_BL, mask_BL, _ = tokens.pad(rows, batch, self.encoder.pad_id)
         with torch.inference_mode():
             ids, mask = torch.from_numpy(ids_BL).to(self.device), torch.from_numpy(mask_BL).to(self.device)
             out = self.model.generate(input_ids=ids, attention_mask=mask)
         texts = self.encoder.backend.decode_batch(out.tolist(), skip_special_tokens=True)
-        return [clean_spaces(text).strip() for text in texts]
-
-
-def clean_spaces(text: str) -> str:
-    """Return the text without the spaces that tokenisation puts before punctuation and English contractions."""
-    for spaced in _CLEAN:
-        text = text.replace(spaced, spaced.strip())
-    return text
+        # transformers no longer cleans what byte-level BPE decodes.
+        return [tokens.clean_spaces(text).strip() for text in texts]

@@ -42,17 +42,8 @@ class TextClassifier:
         """Pad the rows `batch` and run them."""
         import torch
 
-        length_B = rows.lengths[batch]
-        mask_BL = np.arange(int(length_B.max())) < length_B[:, None]
-        taken = np.concatenate([np.arange(rows.offsets[row], rows.offsets[row + 1]) for row in batch])
-        ids_BL = np.full(mask_BL.shape, self.encoder.pad_id, dtype=np.int64)
-        ids_BL[mask_BL] = rows.ids[taken]
-        given = [ids_BL, mask_BL.astype(np.int64)]
-        if rows.type_ids is not None:
-            types_BL = np.zeros_like(ids_BL)
-            types_BL[mask_BL] = rows.type_ids[taken]
-            given.append(types_BL)
-        ids, mask, *types = [torch.from_numpy(array).to(self.device) for array in given]
+        padded = tokens.pad(rows, batch, self.encoder.pad_id)
+        ids, mask, types = [None if array is None else torch.from_numpy(array).to(self.device) for array in padded]
         with torch.inference_mode():
-            logits_BC: npt.NDArray[np.float32] = self.forward(ids, mask, types[0] if types else None).cpu().numpy()
+            logits_BC: npt.NDArray[np.float32] = self.forward(ids, mask, types).cpu().numpy()
         return logits_BC

@@ -149,7 +149,7 @@ class ClipTokeniser:
 
     def passages(self, titles: Sequence[str], texts: Sequence[str]) -> Tokens:
         pairs = ((title.strip(), text.strip()) for title, text in zip(titles, texts, strict=True))
-        return self.encoder.encode([f"{title}. {text}" if title else text for title, text in pairs])
+        return self.encoder.encode([tokens.join_title(title, text) for title, text in pairs])
 
     def queries(self, texts: Sequence[str]) -> Tokens:
         return self.encoder.encode([text.strip() for text in texts])

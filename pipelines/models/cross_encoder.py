@@ -24,7 +24,7 @@ from pipelines.models import tokens
 from pipelines.models.base import CrossEncoder, ModelInfo, PassageRanker
 from pipelines.models.classifier import Forward, TextClassifier
 from pipelines.models.files import TOKENISER_FILES, peek_json, read_json, refuse, require_files, tensor_shapes
-from pipelines.models.sentence_transformers import join_title, position_limit
+from pipelines.models.sentence_transformers import position_limit
 from pipelines.schema import Passage
 
 _MAX_LENGTH = 512
@@ -204,9 +204,7 @@ def _backend(directory: str) -> Any:
     """Return the tokeniser, also of the old directories whose tokenizer_config.json or config.json names no class."""
     named = read_json(directory, "tokenizer_config.json").get("tokenizer_class")
     model = read_json(directory, "config.json").get("model_type", "bert")
-    backend = tokens.load_backend(directory, "BertTokenizer" if not named and model in _WORDPIECE else "AutoTokenizer")
-    is_converted = not os.path.isfile(os.path.join(directory, "tokenizer.json"))
-    return tokens.demote_digit_commas(backend) if model == "albert" and is_converted else backend
+    return tokens.load_backend(directory, "BertTokenizer" if not named and model in _WORDPIECE else "AutoTokenizer")
 
 
 def _standard(directory: str, layout: _Layout, dtype: str, device: str) -> tuple[Forward, int]:
@@ -282,7 +280,7 @@ class PairScorer:
     def score(self, queries: Sequence[str], passages: Sequence[Passage]) -> npt.NDArray[np.float32]:
         """Return (N,) fp32 raw logits (or logit differences), one for each pair: query i with passage i."""
         pairs = zip(queries, passages, strict=True)
-        texts: list[tokens.Text] = [(q.strip(), join_title(p.title.strip(), p.text.strip())) for q, p in pairs]
+        texts: list[tokens.Text] = [(q.strip(), tokens.join_title(p.title.strip(), p.text.strip())) for q, p in pairs]
         logits_NC = self.classifier.logits(texts)
         return logits_NC[:, 0] if logits_NC.shape[1] == 1 else logits_NC[:, 1] - logits_NC[:, 0]
 

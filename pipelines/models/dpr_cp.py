@@ -24,7 +24,6 @@ _HEAD_WIDTH = 64  # of every BERT that was released
 _PROJECTION = "encode_proj."
 _TABLES = ("word", "position", "token_type")
 _LAYER = re.compile(r"encoder\.layer\.(\d+)\.")
-_CASED_SHARE = 0.01  # of the vocabulary; cased BERT vocabularies have over 20% upper-case pieces
 _HINT = "copy vocab.txt of the BERT it was trained from (bert-base-uncased for the released ones) beside it"
 
 
@@ -123,8 +122,7 @@ def _check_vocabulary(native: Native) -> None:
         sizes = " and ".join(f"{row:,}" for row in sorted(rows))
         what = f"the vocabulary has {len(pieces):,} pieces, the model {sizes}"
         refuse(what, native.directory, expected="the vocabulary it was trained with", hint=_HINT)
-    capitals = sum(piece != piece.lower() for piece in pieces if not piece.startswith("["))
-    if native.params.get("do_lower_case") is True and capitals > _CASED_SHARE * len(pieces):
+    if native.params.get("do_lower_case") is True and tokens.is_cased(pieces):
         what = "the vocabulary is cased, but the model was trained on lower-cased text"
         refuse(what, native.directory, expected="an uncased vocabulary", hint=_HINT)
 

@@ -34,7 +34,6 @@ _SPANS_PER_PASSAGE = 10
 _BATCH = 32
 _PREFIX = "span_predictor."
 _HEADS = {"qa_outputs": 2, "qa_classifier": 1}
-_JOINED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")  # written without their spaces
 
 Floats = npt.NDArray[np.float64]
 
@@ -176,10 +175,8 @@ class _Writer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return tokens as text the way DPR prints them: no special tokens, no space before punctuation."""
-        words = " ".join(self.pieces[index] for index in ids if index not in self.special).replace(" ##", "").strip()
-        for mark in _JOINED:
-            words = words.replace(mark, mark.strip())
-        return words
+        words = " ".join(self.pieces[index] for index in ids if index not in self.special)
+        return tokens.clean_spaces(words.replace(" ##", "").strip())
 
 
 class DprReader:
@@ -207,16 +204,13 @@ class DprReader:
         import torch
 
         found: list[tuple[float, Floats, Floats]] = [(0.0, np.zeros(0), np.zeros(0))] * len(rows)
-        order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+        ragged = tokens.flatten(rows)
+        order = np.argsort(ragged.lengths, kind="stable")
         for first in range(0, len(order), self.batch_size):
             chosen = order[first : first + self.batch_size]
-            length = max(len(rows[row]) for row in chosen)
-            ids_BL = torch.full((len(chosen), length), self.writer.pad_id)
-            for place, row in enumerate(chosen):
-                ids_BL[place, : len(rows[row])] = torch.tensor(rows[row])
-            ids_BL = ids_BL.to(self.device)
+            ids_BL = torch.from_numpy(tokens.pad(ragged, chosen, self.writer.pad_id)[0]).to(self.device)
             with torch.inference_mode():
-                mask_BL = (ids_BL != self.writer.pad_id).long()
+                mask_BL = (ids_BL != self.writer.pad_id).long()  # a [PAD] written in a text is masked too, as in DPR
                 hidden_BLH = self.model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state.float()
                 spans_BL2, relevance_B = self.span(hidden_BLH), self.relevance(hidden_BLH[:, 0])[:, 0]
             spans, relevance = spans_BL2.double().cpu().numpy(), relevance_B.cpu().tolist()

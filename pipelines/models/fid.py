@@ -36,8 +36,6 @@ _LAYOUTS = (
     ("wrapped", re.compile(r"^encoder\.encoder\.block\.")),
     ("unwrapped", re.compile(r"^encoder\.block\.")),
 )
-# What transformers 4 tidied in every decoded text, in its order.
-_SPACED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 
 def recognises(checkpoint: str) -> bool:
@@ -205,13 +203,6 @@ def reader_input(question: str, passage: Passage) -> str:
     return f"question: {question} title: {passage.title} context: {passage.text}"
 
 
-def tidy(text: str) -> str:
-    """Return the text without the spaces before punctuation and clitics, as transformers 4 decoded it."""
-    for spaced in _SPACED:
-        text = text.replace(spaced, spaced.strip())
-    return text
-
-
 class FidReader:
     """Write one answer to each question by greedy decoding.
 
@@ -236,15 +227,13 @@ class FidReader:
 
         score: the sum of the log-probabilities of the answer's tokens, `</s>` included when it was written; fp32.
         """
-        from pipelines.encode import micro_batches
-
         asked = zip(questions, passages, strict=True)
         rows = self.encoder.encode([reader_input(question, passage) for question, own in asked for passage in own])
         ends_Q = np.cumsum([len(own) for own in passages], dtype=np.int64)
         members = [np.arange(end - len(own), end) for own, end in zip(passages, ends_Q.tolist(), strict=True)]
         length_Q = np.array([rows.lengths[own].sum() for own in members], dtype=np.int64)
         answers: list[list[Answer]] = [[] for _ in questions]
-        for group in micro_batches(length_Q, self.state_tokens):
+        for group in tokens.micro_batches(length_Q, self.state_tokens):
             with_passages = [int(index) for index in group if length_Q[index]]
             written = self._write(rows, [members[index] for index in with_passages])
             for index, answer in zip(with_passages, written, strict=True):
@@ -276,19 +265,17 @@ class FidReader:
         return [Answer(self.text(ids), score) for ids, score in written]
 
     def text(self, ids: Sequence[int]) -> str:
-        """Return what these ids of the answer say, without special tokens."""
-        return tidy(self.encoder.backend.decode(list(ids), skip_special_tokens=True))
+        """Return what these ids of the answer say, without special tokens, tidied as transformers 4 did."""
+        return tokens.clean_spaces(self.encoder.backend.decode(list(ids), skip_special_tokens=True))
 
     def _encode(self, rows: Tokens, wanted: npt.NDArray[np.int64]) -> dict[int, Any]:
         """Return the encoder states (L, H) of each wanted row, without padding."""
         import torch
 
-        from pipelines.encode import micro_batches, pad
-
         states: dict[int, Any] = {}
-        for positions in micro_batches(rows.lengths[wanted], self.passage_tokens):
+        for positions in tokens.micro_batches(rows.lengths[wanted], self.passage_tokens):
             batch = wanted[positions]
-            ids_BL, mask_BL, _ = pad(rows, batch, self.encoder.pad_id)
+            ids_BL, mask_BL, _ = tokens.pad(rows, batch, self.encoder.pad_id)
             inputs = [torch.from_numpy(array).to(self.device) for array in (ids_BL, mask_BL)]
             hidden_BLH = self.model.encoder(input_ids=inputs[0], attention_mask=inputs[1]).last_hidden_state
             for row, hidden_LH in zip(batch.tolist(), hidden_BLH, strict=True):

@@ -91,8 +91,6 @@ def load_tokeniser(
     directory: str, max_length: int | None = None, *, formatting: Formatting | None = None
 ) -> PaqTokeniser:
     backend = tokens.load_backend(directory, "AlbertTokenizer")
-    if not os.path.isfile(os.path.join(directory, "tokenizer.json")):
-        backend = tokens.demote_digit_commas(backend)
     limit = int(read_json(directory, "config.json").get("max_position_embeddings", _MAX_LENGTH))
     length = tokens.checked_length(max_length, _MAX_LENGTH, limit)
     return PaqTokeniser(tokens.TextEncoder(backend, tokens.pad_id(directory, backend), length))

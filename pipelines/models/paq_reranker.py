@@ -91,8 +91,6 @@ def load(
         return model(**{name: tensor.unsqueeze(1) for name, tensor in one_choice.items()}).logits.float()
 
     backend = tokens.load_backend(directory, "AlbertTokenizer")
-    if not os.path.isfile(os.path.join(directory, "tokenizer.json")):
-        backend = tokens.demote_digit_commas(backend)
     encoder = tokens.TextEncoder(backend, tokens.pad_id(directory, backend), length, with_types=True)
     return PaqReranker(TextClassifier(forward, encoder, batch_size, device))
 

@@ -7,7 +7,6 @@ models were trained; a passage is "title. text" unless the model was trained on 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -176,7 +175,7 @@ class SentenceTokeniser:
         if self.formatting == "pair":
             return self._clean(prompt + title), self._clean(text)
         if self.formatting == "title. text":
-            return self._clean(prompt + join_title(title, text))
+            return self._clean(prompt + tokens.join_title(title, text))
         gap = " " if self.formatting == "title [SEP] text" else ""
         # Put between the halves after lower-casing, which would spoil the token.
         return (self._clean(prompt + title) + gap + self.separator + gap + self._clean(text)).strip()
@@ -184,11 +183,6 @@ class SentenceTokeniser:
     def _clean(self, text: str) -> str:
         text = text.strip()
         return text.lower() if self.lower_case else text
-
-
-def join_title(title: str, text: str) -> str:
-    """Return "title. text", or the text alone when the title is empty."""
-    return f"{title}. {text}" if title else text
 
 
 def load_tokeniser(
@@ -204,8 +198,6 @@ def load_tokeniser(
     require_files(layout.first)
     config = _transformer_config(layout)
     backend = tokens.load_backend(layout.first)
-    if config.get("model_type") == "albert" and not os.path.isfile(os.path.join(layout.first, "tokenizer.json")):
-        backend = tokens.demote_digit_commas(backend)
     separator = tokens.add_separator(layout.first, backend) if "[SEP]" in chosen else ""
     length = tokens.checked_length(max_length, *_lengths(layout, config))
     segments = config.get("type_vocab_size", _SEGMENTS.get(str(config.get("model_type")), 0))

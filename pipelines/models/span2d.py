@@ -171,17 +171,17 @@ class SpanExtractor:
 
     def _score(self, batch: list[Any]) -> list[list[Found]]:
         """Return the best spans of each window: text tokens only, or, with quirks, whatever scores highest."""
-        length = _WINDOW if self.quirks else max(len(window.ids) for window in batch)
-        ids_BL = np.full((len(batch), length), self.pad_id, dtype=np.int64)
-        mask_BL, text_BL = np.zeros_like(ids_BL), np.zeros(ids_BL.shape, dtype=bool)
-        for row, window in enumerate(batch):
-            size = len(window.ids)
-            ids_BL[row, :size], mask_BL[row, :size] = window.ids, 1
-            text_BL[row, :size] = [start < end for start, end in window.offsets]
-            text_BL[row, :size] &= np.asarray(window.special_tokens_mask) == 0
+        rows = tokens.flatten([window.ids for window in batch])
+        ids_BL, mask_BL, _ = tokens.pad(rows, np.arange(len(batch)), self.pad_id, _WINDOW if self.quirks else 1)
         if self.quirks:
             return self._best_of_all(batch, ids_BL, mask_BL)
-        size = min(_LONGEST, self.longest + 1, length)
+        text_BL = np.zeros(ids_BL.shape, dtype=bool)
+        text_BL[mask_BL == 1] = [
+            start < end and not is_special
+            for window in batch
+            for (start, end), is_special in zip(window.offsets, window.special_tokens_mask, strict=True)
+        ]
+        size = min(_LONGEST, self.longest + 1, ids_BL.shape[1])
         best = self.head.best_in_band(ids_BL, mask_BL, text_BL, size, self.top_k + _SPARE)
         return [
             [(logit, window.offsets[i][0], window.offsets[j][1]) for logit, i, j in spans]

@@ -1,4 +1,4 @@
-"""Tokenise without padding: the Rust tokeniser of a checkpoint, and its output as one flat array of ids.
+"""Texts to token ids and back: a checkpoint's Rust tokeniser, its output as one flat array, and that in padded batches.
 
 Nothing here touches weights or imports torch. `transformers` is imported only for a directory without
 `tokenizer.json`.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pipelines.errors import CheckpointError, ConfigError
 from pipelines.models.base import Tokens
@@ -29,6 +30,10 @@ _BERT_SETTINGS = {
     "tokenize_chinese_chars": "handle_chinese_chars",
 }
 _SPECIAL_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+# What the clean-up of tokenisation spaces in transformers 4 closes up, in its order.
+_SPACED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
+
+Array = npt.NDArray[Any]
 
 Text = str | tuple[str, str]
 
@@ -52,15 +57,50 @@ class TextEncoder:
 
     def encode(self, texts: Sequence[Text]) -> Tokens:
         encodings = self.backend.encode_batch_fast(shorten(self, texts))
-        ids = [encoding.ids for encoding in encodings]
-        offsets = np.zeros(len(ids) + 1, dtype=np.int64)
-        np.cumsum([len(row) for row in ids], out=offsets[1:])
-        total = int(offsets[-1])
-        flat = np.fromiter(chain.from_iterable(ids), dtype=np.int32, count=total)
+        rows = flatten([encoding.ids for encoding in encodings])
         if not self.with_types:
-            return Tokens(flat, offsets)
-        rows = (encoding.type_ids for encoding in encodings)
-        return Tokens(flat, offsets, np.fromiter(chain.from_iterable(rows), dtype=np.int8, count=total))
+            return rows
+        types = chain.from_iterable(encoding.type_ids for encoding in encodings)
+        return Tokens(rows.ids, rows.offsets, np.fromiter(types, dtype=np.int8, count=len(rows.ids)))
+
+
+def flatten(rows: Sequence[Sequence[int]]) -> Tokens:
+    """Return lists of ids as one ragged array."""
+    offsets = np.zeros(len(rows) + 1, dtype=np.int64)
+    np.cumsum([len(row) for row in rows], out=offsets[1:])
+    return Tokens(np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=int(offsets[-1])), offsets)
+
+
+def micro_batches(length_N: Array, token_budget: int) -> Iterator[Array]:
+    """Yield index arrays that cover 0..N-1 once: longest first, each of at most `token_budget` padded tokens.
+
+    A text longer than the budget gets a micro-batch of its own.
+    """
+    order = np.argsort(-np.asarray(length_N), kind="stable")
+    start = 0
+    while start < len(order):
+        longest = max(1, int(length_N[order[start]]))
+        stop = start + max(1, token_budget // longest)
+        yield order[start:stop]
+        start = stop
+
+
+def pad(tokens: Tokens, batch: Array, pad_id: int, least: int = 1) -> tuple[Array, Array, Array | None]:
+    """Return ids_BL, mask_BL and types_BL (int64; types None when the model takes none) for the texts in `batch`.
+
+    L: the longest text's tokens, or `least`.
+    """
+    starts, length_B = tokens.offsets[batch], tokens.lengths[batch]
+    column = np.arange(max(least, int(length_B.max(initial=0))))
+    mask_BL = column[None, :] < length_B[:, None]
+    source = (starts[:, None] + column[None, :])[mask_BL]
+    ids_BL = np.full(mask_BL.shape, pad_id, np.int64)
+    ids_BL[mask_BL] = tokens.ids[source]
+    if tokens.type_ids is None:
+        return ids_BL, mask_BL.astype(np.int64), None
+    types_BL = np.zeros(mask_BL.shape, np.int64)
+    types_BL[mask_BL] = tokens.type_ids[source]
+    return ids_BL, mask_BL.astype(np.int64), types_BL
 
 
 def shorten(encoder: TextEncoder, texts: Sequence[Text]) -> list[Text]:
@@ -130,24 +170,27 @@ def _convert(directory: str, kind: str) -> Any:
         refuse("the checkpoint has no tokeniser", directory, expected=f"one of {', '.join(TOKENISER_FILES)}")
     settings = read_json(directory, "tokenizer_config.json")
     options: dict[str, Any] = {}
-    if os.path.isfile(os.path.join(directory, "vocab.txt")) and "do_lower_case" not in settings:
-        options["do_lower_case"] = not _is_cased(os.path.join(directory, "vocab.txt"))
+    vocabulary = os.path.join(directory, "vocab.txt")
+    if os.path.isfile(vocabulary) and "do_lower_case" not in settings:
+        with open(vocabulary, encoding="utf-8") as handle:
+            options["do_lower_case"] = not is_cased(line.strip() for line in handle)
     try:
         with quiet_transformers():
             tokeniser = getattr(transformers, kind).from_pretrained(directory, local_files_only=True, **options)
     except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
         raise CheckpointError(f"the tokeniser cannot be loaded: {error}", where=directory) from error
-    return tokeniser.backend_tokenizer
+    backend = tokeniser.backend_tokenizer
+    is_albert = read_json(directory, "config.json").get("model_type") == "albert"
+    return _demote_digit_commas(backend) if is_albert else backend
 
 
-def _is_cased(vocabulary: str) -> bool:
-    with open(vocabulary, encoding="utf-8") as handle:
-        pieces = [line.strip() for line in handle]
+def is_cased(pieces: Iterable[str]) -> bool:
+    """Tell whether the pieces of a BERT vocabulary hold capitals; special pieces such as [CLS] do not count."""
     words = [piece for piece in pieces if piece and not piece.startswith("[")]
     return sum(piece != piece.lower() for piece in words) > _CASED_SHARE * len(words)
 
 
-def demote_digit_commas(backend: Any) -> Any:
+def _demote_digit_commas(backend: Any) -> Any:
     """Return an ALBERT backend whose pieces "digit + comma" score 100 less, so that `9,787` splits at the comma.
 
     transformers 5 leaves this rule out when it builds from spiece.model; ALBERT's own tokeniser has it.
@@ -192,3 +235,15 @@ def checked_length(wanted: int | None, default: int, limit: int | None) -> int:
         top = limit if limit is not None else "any length"
         raise ConfigError(f"max_length {length} does not suit the model", expected=f"{_SHORTEST} to {top}")
     return length
+
+
+def join_title(title: str, text: str) -> str:
+    """Return "title. text", or the text alone when the title is empty."""
+    return f"{title}. {text}" if title else text
+
+
+def clean_spaces(text: str) -> str:
+    """Return the text without the spaces that tokenisation puts before punctuation and English contractions."""
+    for spaced in _SPACED:
+        text = text.replace(spaced, spaced.strip())
+    return text

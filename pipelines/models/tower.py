@@ -14,9 +14,6 @@ from torch import nn
 from pipelines.models.files import read_json, refuse
 from pipelines.models.weights import check_names, load_linear, read_weights
 
-POOLING_MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
-"""In the order in which several of them are concatenated."""
-
 _ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU", "Sigmoid", "SiLU")
 _CHUNK = 1024  # words of a text that are looked up at once
 _EMPTY = 1e-9  # floor of a token count, as in sentence-transformers

@@ -11,12 +11,10 @@ import os
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
-import numpy as np
-
 from pipelines.errors import ConfigError
+from pipelines.models import tokens
 from pipelines.models.base import EncoderInfo, Formatting, Side, Similarity, Tokens
 from pipelines.models.files import read_json, refuse, tensor_shapes
 from pipelines.models.modules_json import (
@@ -128,13 +126,10 @@ class WordTokeniser:
         return self._encode([prompt + text for text in texts])
 
     def _joined(self, title: str, text: str) -> str:
-        return f"{title}. {text}" if title and self.formatting == "title. text" else text
+        return tokens.join_title(title, text) if self.formatting == "title. text" else text
 
     def _encode(self, texts: Sequence[str]) -> Tokens:
-        rows = [self._ids(text) for text in texts]
-        offsets = np.zeros(len(rows) + 1, dtype=np.int64)
-        np.cumsum([len(row) for row in rows], out=offsets[1:])
-        return Tokens(np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=int(offsets[-1])), offsets)
+        return tokens.flatten([self._ids(text) for text in texts])
 
     def _ids(self, text: str) -> list[int]:
         words = (text.lower() if self.lower_case else text).split()

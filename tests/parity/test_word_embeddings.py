@@ -15,7 +15,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.encode import micro_batches, pad
 from pipelines.errors import ConfigError
 from pipelines.models import describe, find_family
 from pipelines.models import sentence_transformers as sentence
