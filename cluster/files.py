@@ -16,9 +16,9 @@ from pipelines import publish
 from pipelines.answer import answers, load_reader
 from pipelines.config import RerankConfig
 from pipelines.errors import ConfigError
-from pipelines.evaluate import score_answers, score_retrieval
+from pipelines.evaluate import AnswerTally, Tally
 from pipelines.models.base import Reader
-from pipelines.questions import batches, read_lines, write_lines
+from pipelines.questions import batches, check_passage, checked, read_lines, write_lines
 from pipelines.rerank import load_reranker, rerank_all
 from pipelines.retrieved import Form, read_retrieved, write_retrieved
 from pipelines.schema import Hit, Passage, Question
@@ -34,20 +34,19 @@ def rerank(
 ) -> dict[str, Any]:
     """Rerank a file of retrieved QA pairs or passages. Scores it where the questions carry answers."""
     reranker = load_reranker(RerankConfig(checkpoint=model, depth=depth), device)
-    scored: list[Retrieved] = []
+    tally = Tally(_KS)
 
     def reordered() -> Iterator[Retrieved]:
         with progress.stage("rerank") as stage:
             for batch in batches(read_retrieved(source), _BATCH):
                 found = rerank_all(reranker, [q.text for q, _ in batch], [hits for _, hits in batch], depth)
                 for (question, _), hits in zip(batch, found, strict=True):
-                    scored.append((question, hits[: max(_KS)]))
+                    tally.add(question, hits[: max(_KS)])
                     yield question, hits
                 stage.advance(len(batch), pairs=sum(min(depth, len(hits)) for hits in found))
 
     write_retrieved(out, reordered(), form=form)
-    questions, hits = [q for q, _ in scored], [h for _, h in scored]
-    return {"out": out, **score_retrieval(questions, hits, ks=_KS)}
+    return {"out": out, **tally.results()}
 
 
 def answer(
@@ -55,21 +54,19 @@ def answer(
 ) -> dict[str, Any]:
     """Answer the questions of a file of retrieved QA pairs or passages; exact match where they carry answers."""
     model = load_reader(reader, "fp32", device, tokeniser=tokeniser)
-    questions: list[Question] = []
-    given: list[list[str]] = []
+    tally = AnswerTally()
 
     def read() -> Iterator[dict[str, Any]]:
         with progress.stage("answer") as stage:
             for batch in batches(read_retrieved(source), _BATCH):
                 found = answers(model, [q.text for q, _ in batch], [hits for _, hits in batch], depth)
                 for (question, hits), own in zip(batch, found, strict=True):
-                    questions.append(question)
-                    given.append([a.text for a in own[:1]])
+                    tally.add(question, [a.text for a in own[:1]])
                     yield _answered(question, hits, own)
                 stage.advance(len(batch))
 
     count = write_lines(out, read())
-    return {"out": out, "num_questions": count, **score_answers(questions, given)}
+    return {"out": out, "num_questions": count, **tally.results()}
 
 
 def _answered(question: Question, hits: list[Hit], own: list[Any]) -> dict[str, Any]:
@@ -133,7 +130,8 @@ def filter_questions(
 ) -> dict[str, Any]:
     """Mark generated questions consistent or not. evidence: (root, index name, passages file).
 
-    A passages file alone is local filtering, an index global filtering; no reader marks everything consistent.
+    A passages file alone is local filtering, an index global filtering; no reader marks everything consistent. Memory:
+    for local filtering, the passages that the questions are about, and no others of the file.
     """
     from pipelines.questions.filter import filter_questions as filtered
     from pipelines.questions.filter import mark_all
@@ -141,10 +139,10 @@ def filter_questions(
     if reader is None:
         return _write("filter", out, mark_all(read_lines(source)), progress)
     model: Reader = load_reader(reader, "fp32", device, tokeniser=tokeniser)
-    return _write("filter", out, filtered(read_lines(source), model, _evidence(*evidence)), progress)
+    return _write("filter", out, filtered(read_lines(source), model, _evidence(source, *evidence)), progress)
 
 
-def _evidence(root: str | None, name: str | None, passages: str | None) -> Callable[..., Any]:
+def _evidence(source: str, root: str | None, name: str | None, passages: str | None) -> Callable[..., Any]:
     from pipelines.questions.filter import global_evidence, local_evidence
     from pipelines.retrieve import Retriever
 
@@ -152,16 +150,23 @@ def _evidence(root: str | None, name: str | None, passages: str | None) -> Calla
         expected = "--name INDEX (global: what retrieval finds) or --passages FILE (local: the question's own passage)"
         raise ConfigError("where the reader finds its evidence is not clear", expected=expected)
     if passages is not None:
-        known = {
-            str(line["passage_id"]): Passage(
-                str(line["passage_id"]), str((line.get("metadata") or {}).get("title", "")), line["passage"]
-            )
-            for line in read_lines(passages)
-        }
-        return local_evidence(known.get)
+        return local_evidence(_passages_of(source, passages).get)
     assert name is not None
     retriever = Retriever(root or "pinakes-data", publish.read_version(root or "pinakes-data", name))
     return global_evidence(lambda queries, k: retriever.search(queries, min(k, len(retriever.passages))))
+
+
+def _passages_of(source: str, passages: str) -> dict[str, Passage]:
+    """Return, by id, the passages that the generated questions of `source` are about; two passes, one over each."""
+    from pipelines.questions.group import check_generated
+
+    wanted = {str(line["passage_id"]) for line in checked(read_lines(source), check_generated)}
+    known: dict[str, Passage] = {}
+    for line in checked(read_lines(passages), check_passage):
+        identity = str(line["passage_id"])
+        if identity in wanted:
+            known[identity] = Passage(identity, line.get("metadata", {}).get("title", ""), line["passage"])
+    return known
 
 
 def group(source: str, out: str, scores: str | None, progress: Progress) -> dict[str, Any]:

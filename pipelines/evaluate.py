@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import ast
 import csv
-import gzip
 import itertools
 import json
-import lzma
 import math
 import re
 import string
 import unicodedata
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -28,6 +24,7 @@ import numpy.typing as npt
 import regex
 
 from pipelines.errors import ConfigError, InputError, StorageError
+from pipelines.json_records import DAMAGED, open_bytes
 from pipelines.schema import Hit, Question
 
 if TYPE_CHECKING:
@@ -48,6 +45,8 @@ METRIC_LABELS = {
 
 STAGES = {"rerank": "reranked", "reader": "read"}
 """Results of the stages behind retrieval lie under these keys, in the same form; the words mark their rows."""
+
+_CACHED = 1 << 14  # texts, about 20 MB
 
 Z95 = 1.959964
 """Two-sided 95 % quantile of the normal distribution."""
@@ -77,7 +76,7 @@ def read_questions(url: str) -> list[Question]:
         expected = "a file of questions (JSONL, or DPR's question<tab>answers), optionally compressed"
         hint = "check the path and, for a remote store, the bucket and prefix"
         raise InputError("there is no file of questions", where=url, expected=expected, hint=hint) from error
-    except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, zipfile.BadZipFile, EOFError) as error:
+    except DAMAGED as error:
         hint = "fetch the file again; its name must end in what it is compressed with"
         raise InputError(f"the file cannot be decompressed ({error})", where=url, hint=hint) from error
     except OSError as error:
@@ -90,31 +89,22 @@ def read_questions(url: str) -> list[Question]:
 
 
 def _open(url: str) -> Any:
-    import fsspec
-
     try:
-        return fsspec.open(url, "rb", compression="infer")
+        return open_bytes(url)
     except (ValueError, ImportError) as error:  # an unknown protocol, or its driver is not installed
         expected = "a path, or a URL such as s3://bucket/questions.jsonl.gz"
         raise InputError(f"the URL cannot be opened ({error})", where=url, expected=expected) from error
 
 
 def _parse(stream: BinaryIO, url: str) -> Iterator[Question]:
+    from pipelines.readers.lines import text_lines
+
     plain_name = url
     for suffix in COMPRESSED:
         plain_name = plain_name.removesuffix(suffix)
     read = _read_csv if plain_name.endswith((".csv", ".tsv")) else _read_jsonl
-    for ordinal, (number, record) in enumerate(read(_lines(stream, url), url)):
+    for ordinal, (number, record) in enumerate(read(text_lines(stream, url), url)):
         yield _question(record, ordinal, f"{url}, line {number}")
-
-
-def _lines(stream: BinaryIO, url: str) -> Iterator[str]:
-    for number, raw in enumerate(stream, start=1):
-        try:
-            yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            where = f"{url}, line {number}"
-            raise InputError(f"not UTF-8 text ({error})", where=where, expected="UTF-8") from error
 
 
 def _read_jsonl(lines: Iterable[str], url: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -269,23 +259,27 @@ def score_retrieval(
 
     Raises ConfigError for a k below 1, InputError when there are not as many lists of hits as questions.
     """
-    if not ks or min(ks) < 1:
-        raise ConfigError(f"cannot score at k = {list(ks)}", expected="one or more whole numbers from 1")
-    tally = _Tally(max(ks), id_of)
+    tally = Tally(ks, id_of)
     missing: Any = object()
     for question, hits in itertools.zip_longest(questions, hits_per_question, fillvalue=missing):
         if question is missing or hits is missing:
             what = f"there are {'more' if question is missing else 'fewer'} lists of hits than questions"
             raise InputError(what, expected="one list of hits, possibly empty, for each question")
         tally.add(question, hits)
-    return tally.results(sorted(set(ks)))
+    return tally.results()
 
 
-class _Tally:
-    """The rank (from 1) at which each question was first satisfied, infinity where it was not, for each kind."""
+class Tally:
+    """`score_retrieval` one question at a time: `add` each with its hits, best first, then ask for the `results`.
 
-    def __init__(self, limit: int, id_of: Callable[[str], str] | None) -> None:
-        self.limit, self.id_of = limit, id_of
+    Keeps the rank (from 1) at which each question was first satisfied, infinity where it was not, and no hits.
+    Raises ConfigError for a k below 1.
+    """
+
+    def __init__(self, ks: Sequence[int], id_of: Callable[[str], str] | None = None) -> None:
+        if not ks or min(ks) < 1:
+            raise ConfigError(f"cannot score at k = {list(ks)}", expected="one or more whole numbers from 1")
+        self.ks, self.limit, self.id_of = sorted(set(ks)), max(ks), id_of
         self.gold: list[float] = []
         self.answer: list[float] = []
         self.pair: list[float] = []
@@ -294,8 +288,8 @@ class _Tally:
         self.judged: dict[str, dict[str, int]] = {}
         self.run: dict[str, dict[str, float]] = {}
         # Popular passages return for many questions. Keyed by the text itself, which cannot be stale; bounded.
-        self.token_key = lru_cache(maxsize=1 << 17)(_token_key)
-        self.normalise = lru_cache(maxsize=1 << 17)(normalise_answer)
+        self.token_key = lru_cache(maxsize=_CACHED)(_token_key)
+        self.normalise = lru_cache(maxsize=_CACHED)(normalise_answer)
 
     def add(self, question: Question, hits: Sequence[Hit]) -> None:
         self.num_questions += 1
@@ -345,7 +339,8 @@ class _Tally:
         answers = hit.passage.answers
         return self.normalise(answers[0]) in golds if answers else False
 
-    def results(self, ks: Sequence[int]) -> dict[str, Any]:
+    def results(self) -> dict[str, Any]:
+        ks = self.ks
         scores: dict[str, Any] = {"num_questions": self.num_questions, "depth": self.depth}
         if self.gold:
             scores["num_gold_questions"] = len(self.gold)
@@ -386,12 +381,25 @@ def score_answers(questions: Iterable[Question], answers: Iterable[Sequence[str]
 
     answers: for each question its answers, best first; only the first counts, and none is wrong (DPR, PAQ and FiD).
     """
-    found = [
-        bool(given) and exact_match(given[0], question.answers)
-        for question, given in zip(questions, answers, strict=True)
-        if question.answers
-    ]
-    return {"num_answer_questions": len(found)} | ({"answer_em": sum(found) / len(found)} if found else {})
+    tally = AnswerTally()
+    for question, given in zip(questions, answers, strict=True):
+        tally.add(question, given)
+    return tally.results()
+
+
+class AnswerTally:
+    """`score_answers` one question at a time."""
+
+    def __init__(self) -> None:
+        self.right = self.total = 0
+
+    def add(self, question: Question, given: Sequence[str]) -> None:
+        self.total += bool(question.answers)
+        self.right += bool(given) and exact_match(given[0], question.answers)
+
+    def results(self) -> dict[str, Any]:
+        told = {"num_answer_questions": self.total}
+        return told | ({"answer_em": self.right / self.total} if self.total else {})
 
 
 # --- index recall and latency ------------------------------------------------------------------------------------

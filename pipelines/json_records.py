@@ -12,6 +12,7 @@ import json
 import lzma
 import os
 import re
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
@@ -19,22 +20,23 @@ from typing import Any, BinaryIO
 from pipelines.errors import ConfigError, InputError, StorageError
 
 _CHUNK = 1 << 20  # bytes
-_LONGEST = 1 << 28  # characters of one object of an array; beyond it the file is broken rather than large
+_LONGEST = 1 << 26  # characters of one object; beyond it the file is broken rather than large
 _SPACE = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
+
+DAMAGED = (gzip.BadGzipFile, zlib.error, lzma.LZMAError, zipfile.BadZipFile, EOFError)
+"""What the decompressors behind `open_bytes` raise for a file that is damaged, cut short or not theirs."""
 
 
 def read_records(url: str, expected: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield ("<url>, line <n>", object) for each object, from a path or any fsspec URL. expected: for the messages.
 
     Raises InputError, naming the line, for a missing, empty, damaged or malformed file; StorageError when the store
-    cannot be reached.
+    cannot be reached. Memory: a few times the longest object, which may have 64 Mi characters.
     """
-    import fsspec
-
     found = False
     try:
-        with fsspec.open(url, "rb", compression="infer") as stream:
+        with open_bytes(url) as stream:
             for number, record in _records(stream, url, expected):
                 where = f"{url}, line {number}"
                 if not isinstance(record, dict):
@@ -45,7 +47,7 @@ def read_records(url: str, expected: str) -> Iterator[tuple[str, dict[str, Any]]
     except (FileNotFoundError, IsADirectoryError) as error:
         hint = "check the path and, for a remote store, the bucket and prefix"
         raise InputError("there is no such file", where=url, expected=expected, hint=hint) from error
-    except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError) as error:
+    except DAMAGED as error:
         hint = "fetch the file again; its name must end in what it is compressed with"
         raise InputError(f"the file cannot be decompressed ({error})", where=url, hint=hint) from error
     except (ValueError, ImportError) as error:  # an unknown protocol, or its driver is not installed
@@ -57,10 +59,19 @@ def read_records(url: str, expected: str) -> Iterator[tuple[str, dict[str, Any]]
         raise InputError("the file holds no records", where=url, expected=expected)
 
 
-def put_whole(url: str, fill: Callable[[BinaryIO], None]) -> None:
-    """Fill a file at a path or any fsspec URL, compressed as its name says, whole or not at all."""
+def open_bytes(url: str) -> Any:
+    """Return a context of the bytes at a path or any fsspec URL, decompressed as the name says. May raise DAMAGED."""
     import fsspec
 
+    if str(url).lower().endswith(".zst"):  # fsspec knows it only with another package
+        from pipelines.readers.files import open_text
+
+        return open_text(url)
+    return fsspec.open(url, "rb", compression="infer")
+
+
+def put_whole(url: str, fill: Callable[[BinaryIO], None]) -> None:
+    """Fill a file at a path or any fsspec URL, compressed as its name says, whole or not at all."""
     from pipelines.storage import Store, temporary_file
 
     folder, slash, name = str(url).rpartition("/")
@@ -70,9 +81,19 @@ def put_whole(url: str, fill: Callable[[BinaryIO], None]) -> None:
     if store.is_local:
         os.makedirs(store.root, exist_ok=True)
     with temporary_file(store.root if store.is_local else None) as temp:
-        with fsspec.open(temp, "wb", compression=fsspec.utils.infer_compression(name)) as stream:
+        with _compressing(temp, name) as stream:
             fill(stream)
         store.put_file(name, temp)
+
+
+def _compressing(path: str, name: str) -> Any:
+    import fsspec
+
+    if name.lower().endswith(".zst"):
+        import pyarrow as pa
+
+        return pa.CompressedOutputStream(path, "zstd")
+    return fsspec.open(path, "wb", compression=fsspec.utils.infer_compression(name))
 
 
 def _records(stream: BinaryIO, url: str, expected: str) -> Iterator[tuple[int, Any]]:
@@ -143,16 +164,21 @@ class _Text:
         """Parse one value; read on while it is incomplete. whole_line: it ends with its line."""
         while True:
             end = self.buffer.find("\n", self.at) if whole_line else -1
-            if not whole_line or end >= 0 or self.ended:
+            end = len(self.buffer) if end < 0 else end
+            size = end - self.at
+            if not whole_line or (size <= _LONGEST and (end < len(self.buffer) or self.ended)):
                 try:
-                    return self._parse(len(self.buffer) if end < 0 else end, whole_line)
+                    return self._parse(end, whole_line)
                 except json.JSONDecodeError as error:
-                    if whole_line or self.ended or len(self.buffer) - self.at > _LONGEST:
+                    if whole_line or self.ended:
                         line = self.line + self.buffer.count("\n", self.at, error.pos)
                         raise self.error(f"not JSON ({error.msg})", line) from error
-                except RecursionError as error:
-                    raise self.error("not JSON (nested too deeply)") from error
-            self.more(max(_CHUNK, len(self.buffer) - self.at))
+                except (ValueError, RecursionError) as error:  # ValueError: an endless number
+                    told = error if isinstance(error, ValueError) else "nested too deeply"
+                    raise self.error(f"not JSON ({told})") from error
+            if size > _LONGEST:
+                raise self.error(f"one record is longer than {_LONGEST:,} characters")
+            self.more(max(_CHUNK, min(size, _LONGEST - size + 1)))
 
     def _parse(self, end: int, whole_line: bool) -> Any:
         if not whole_line:

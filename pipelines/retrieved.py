@@ -1,8 +1,8 @@
-"""Files of retrieved candidates: PAQ's jsonl of QA pairs, DPR's JSON of passages, and PAQ's reranker output.
+"""Files of retrieved candidates: PAQ's jsonl of QA pairs, DPR's JSON of passages; PAQ's reranker output.
 
     PAQ        lines   {"input_qa": {"question", "answer"}, "retrieved_qas": [{"question", "answer", "score"}]}
     DPR, FiD   one array, or lines   {"question", "answers", "ctxs": [{"id", "title", "text", "score"}]}
-    reranked   lines   {"question", "prediction", "score", "index"}
+    reranked   lines   {"question", "prediction", "score", "index"}   (written only)
 
 The order in a file is best first, and that order is kept. A score is kept as it was written: a dot product in most
 files, but PAQ's faiss runs wrote squared L2 distances, of which the smaller is the better. So never sort by the scores
@@ -24,7 +24,6 @@ from pipelines.schema import Hit, Passage, Question
 Form = Literal["paq", "dpr", "reranked"]
 
 _EXPECTED = 'an object with "input_qa" and "retrieved_qas" (PAQ), or with "question" and "ctxs" (DPR, FiD)'
-_EXPECTED_RERANKED = '{"question": str, "prediction": str, "score": number, "index": number}'
 
 
 @dataclass(frozen=True)
@@ -45,19 +44,6 @@ class RetrievedPassage(Passage):
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """What PAQ's reranker says: the answer of the best candidate, its logit, its position among the retrieved.
-
-    Without candidates the answer is empty, the score None, the index -1.
-    """
-
-    question: str
-    prediction: str
-    score: float | None
-    index: int
-
-
 # Reading
 
 
@@ -73,19 +59,6 @@ def read_retrieved(url: str) -> Iterator[tuple[Question, list[Hit]]]:
     """
     for ordinal, (where, record) in enumerate(read_records(url, _EXPECTED)):
         yield _record(record, ordinal, where)
-
-
-def read_predictions(url: str) -> Iterator[Prediction]:
-    """Yield what a PAQ reranker predicted, in the order of the questions. Raises InputError as read_retrieved does."""
-    for where, record in read_records(url, _EXPECTED_RERANKED):
-        if "prediction" not in record:
-            raise InputError("the record has no prediction", where=where, expected=_EXPECTED_RERANKED)
-        texts = [_text(record, key, where) for key in ("question", "prediction")]
-        index = record.get("index", -1)
-        if not isinstance(index, int) or isinstance(index, bool):
-            raise InputError(f"`index` holds {index!r}", where=where, expected="a whole number")
-        score = None if record.get("score") is None else _score(record["score"], where)
-        yield Prediction(texts[0], texts[1], score, index)
 
 
 def _record(record: dict[str, Any], ordinal: int, where: str) -> tuple[Question, list[Hit]]:
@@ -181,8 +154,8 @@ def write_retrieved(url: str, records: Iterable[tuple[Question, list[Hit]]], for
 
     form: "paq" or "reranked" (lines), "dpr" (one array, scores as strings, has_answer computed where it is not known).
     The order of the hits is kept and says what is best; "reranked" takes the hit with the highest `rerank_score`,
-    or the first where none has one, and its index is its position in the list that was retrieved. Compressed when the
-    name ends in .gz, .bz2 or .xz.
+    or the first where none has one, and its index is its position in the list that was retrieved; without hits the
+    prediction is empty, the score null, the index -1. Compressed as the name says: .gz, .bz2, .xz, .zst.
 
     Raises InputError for "paq" or "reranked" when a hit is no QA pair, or has a score that is no number; ConfigError
     for another form.

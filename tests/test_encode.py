@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipelines import models
 from pipelines.config import EncoderConfig
 from pipelines.encode import Encoder, describe_encoder, resolve
 from pipelines.errors import CheckpointError, ConfigError
 from pipelines.models.base import Tokens
-from pipelines.models.tokens import micro_batches, pad
+from pipelines.models.tokens import flatten, micro_batches, pad
 from tests.checkpoints import write_dpr, write_sentence_transformer
 
 
@@ -44,6 +46,23 @@ def test_padding_keeps_every_token_in_its_place(lengths: list[int], data: st.Dat
         assert types_BL[row, :n].tolist() == (ids_BL[row, :n] % 2).tolist()
         assert mask_BL[row].tolist() == [1] * n + [0] * (ids_BL.shape[1] - n)
         assert not ids_BL[row, n:].any()
+
+
+def test_padding_to_a_fixed_width() -> None:
+    tokens = flatten([[5, 6], [], [7]])
+    ids_BL, mask_BL, _ = pad(tokens, np.array([2, 0]), pad_id=1, least=4)
+    assert ids_BL.tolist() == [[7, 1, 1, 1], [5, 6, 1, 1]]
+    assert mask_BL.tolist() == [[1, 0, 0, 0], [1, 1, 0, 0]]
+    assert pad(tokens, np.array([0]), pad_id=1, least=1)[0].tolist() == [[5, 6]]
+    assert len(flatten([])) == 0
+
+
+def test_model_families_do_not_import_what_drives_them() -> None:
+    below = {"errors", "models", "pixels", "schema"}
+    for file in Path(models.__file__).parent.glob("*.py"):
+        nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
+        names = {str(node.module).split(".")[1] for node in nodes if str(node.module).startswith("pipelines.")}
+        assert names <= below, file.name
 
 
 @pytest.fixture(scope="module")

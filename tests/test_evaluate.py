@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import csv
+import gc
 import gzip
 import json
 import math
@@ -11,6 +12,7 @@ import random
 import re
 import string
 import unicodedata
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean as mean
@@ -24,6 +26,7 @@ from hypothesis import strategies as st
 
 from pipelines.errors import ConfigError, InputError, StorageError
 from pipelines.evaluate import (
+    Tally,
     document_id,
     exact_match,
     format_table,
@@ -37,6 +40,8 @@ from pipelines.evaluate import (
     score_answers,
     score_retrieval,
 )
+from pipelines.json_records import put_whole
+from pipelines.readers import lines
 from pipelines.schema import Hit, Passage, Question
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
@@ -148,6 +153,21 @@ def test_a_bad_file_is_refused_by_line(tmp_path: Path, name: str, content: bytes
     assert str(path) in caught.value.where
     assert caught.value.where.endswith(line)
     assert caught.value.expected or caught.value.hint
+
+
+def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "q.jsonl").write_bytes(b'{"question": "a"}\n' + b"x" * 1000)
+    monkeypatch.setattr(lines.text_lines, "__defaults__", (100,))
+    with pytest.raises(InputError, match="too long") as caught:
+        read_questions(str(tmp_path / "q.jsonl"))
+    assert caught.value.where.endswith("line 2")
+
+
+@pytest.mark.parametrize("suffix", ["bz2", "xz", "lzma", "zst", "zip"])
+def test_every_compression_is_read(tmp_path: Path, suffix: str) -> None:
+    path = str(tmp_path / f"q.jsonl.{suffix}")
+    put_whole(path, lambda stream: stream.write(b'\xef\xbb\xbf{"question": "who?"}\n') and None)
+    assert read_questions(path) == [Question("0", "who?")]
 
 
 def test_a_missing_file_a_directory_and_an_unknown_store(tmp_path: Path) -> None:
@@ -651,6 +671,18 @@ def test_stages_behind_retrieval_get_rows_of_their_own() -> None:
         ("Exact match of the first QA pair, reranked", {1: 0.75}),
         ("Exact match of the answer, read", {1: 0.25}),
     ]
+
+
+def test_a_tally_keeps_no_hits() -> None:
+    tally = Tally((1, 5))
+    found, question = texts("a", "b"), Question("0", "q", ["text of b"], ["b"])
+    passages = [weakref.ref(hit.passage) for hit in found]
+    tally.add(question, found)
+    expected = score_retrieval([question], [found], ks=(5, 1))
+    del found
+    gc.collect()
+    assert [passage() for passage in passages] == [None, None]
+    assert tally.results() == expected
 
 
 def test_answers_are_scored_by_their_first() -> None:

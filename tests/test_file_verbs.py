@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
 
+from cluster import files
 from pipelines.models import find_model
+from pipelines.retrieved import RetrievedPassage
 from pipelines.schema import Passage
 from tests.checkpoints import write_cross_encoder, write_dpr
 from tests.checkpoints.fid import write_fid, write_t5_tokeniser
@@ -109,6 +114,37 @@ def test_rerank_a_file_of_qa_pairs(tmp_path: Path, retrieved: str) -> None:
     assert (said["index"], said["score"]) == (best, pytest.approx(float(scores[best]), abs=1e-5))
 
 
+class LivePassages:
+    """A progress that counts, at each advance, the retrieved passages that are in memory."""
+
+    def __init__(self) -> None:
+        self.most = 0
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[LivePassages]:
+        yield self
+
+    def advance(self, num: int = 1, **counts: int) -> None:
+        live = sum(type(thing) is RetrievedPassage for thing in gc.get_objects())
+        self.most = max(self.most, live)
+
+
+def test_hits_are_not_kept_for_the_scores(tmp_path: Path) -> None:
+    source, counted = tmp_path / "many.jsonl", LivePassages()
+    source.write_text((json.dumps(RETRIEVED[0]) + "\n") * 160)
+    model = write_paq_reranker(str(tmp_path / "reranker"))
+    result = files.rerank(str(source), model, str(tmp_path / "r.jsonl"), "paq", 3, "cpu", cast(Any, counted))
+    assert result["num_questions"] == 160
+    assert 0 < counted.most < 160
+
+
+def test_only_passages_that_are_asked_about_are_kept(tmp_path: Path, passages: str) -> None:
+    asked = {"passage_id": 1, "question": "which river", "answer": "ancient"}
+    (tmp_path / "qg.jsonl").write_text((json.dumps(asked) + "\n") * 2)
+    known = files._passages_of(str(tmp_path / "qg.jsonl"), passages)
+    assert known == {"1": Passage("1", "great library", TEXTS[1])}
+
+
 def test_answer_a_file_from_stored_answers_and_by_a_reader(tmp_path: Path, retrieved: str) -> None:
     out = tmp_path / "a.jsonl"
     result = pinakes_json("answer", retrieved, "--reader", "stored", "-o", str(out), "--quiet")
@@ -134,6 +170,10 @@ def test_answer_a_file_from_stored_answers_and_by_a_reader(tmp_path: Path, retri
         (("generate", "{good}", "-m", "{ner}", "-o", "{out}"), 4, "question generator"),
         (("generate", "{good}", "-o", "{out}"), 2, "questions.generator"),
         (("filter", "{good}", "--reader", "{reader}", "-o", "{out}"), 2, "--passages FILE"),
+        (("filter", "{qg}", "--reader", "stored", "--passages", "{qg}", "-o", "{out}"), 3, "qg.jsonl, line 1"),
+        (("filter", "{good}", "-o", "{out}"), 3, "good.jsonl, line 1"),
+        (("filter", "{nan}", "-o", "{out}"), 3, "nan.jsonl, line 1"),
+        (("rank", "{nan}", "-m", "dummy", "-o", "{out}"), 3, "nan.jsonl, line 1"),
         (("answer", "{bad}", "--reader", "stored", "-o", "{out}"), 3, "line 1"),
         (("rerank", "{bad}", "-m", "{reader}", "-o", "{out}"), 4, "not a cross encoder"),
         (("search", "x", "--tokeniser", "t5"), 2, "--answer"),
@@ -149,7 +189,9 @@ def test_what_cannot_be_done_is_explained_and_nothing_is_written(
     good = '{"passage_id": 1, "passage": "the king", "metadata": {}}\n'
     (tmp_path / "good.jsonl").write_text(good)
     (tmp_path / "bad.jsonl").write_text(good + "{nonsense\n")
-    places = {name: str(tmp_path / f"{name}.jsonl") for name in ("good", "bad", "gone", "out")}
+    (tmp_path / "qg.jsonl").write_text('{"passage_id": 1, "question": "who", "answer": "the king"}\n')
+    (tmp_path / "nan.jsonl").write_text(good.replace("{}", '{"ps_score": NaN}'))
+    places = {name: str(tmp_path / f"{name}.jsonl") for name in ("good", "bad", "gone", "out", "qg", "nan")}
     places |= {"ner": write_spacy(str(tmp_path / "ner")), "reader": write_dpr(str(tmp_path / "reader"), "reader")}
     said = pinakes(*(piece.format(**places) for piece in arguments), code=code)
     assert words in said

@@ -11,6 +11,7 @@ import pytest
 
 from pipelines.errors import ConfigError, InputError
 from pipelines.models.base import Answer
+from pipelines.questions import read_lines, write_lines
 from pipelines.questions.filter import filter_questions, global_evidence, local_evidence, mark_all
 from pipelines.schema import Hit, Passage
 from tests.checkpoints.fid import write_fid, write_t5_tokeniser
@@ -45,12 +46,9 @@ def test_local_reads_the_source_passage() -> None:
 
 
 def test_no_evidence_is_no_agreement() -> None:
-    unknown, without = _line("who?", "king", "9"), _line("who?", "king")
-    del without["passage_id"]
-    empty = _line("who?", "")
-    lines = [unknown, without, {**empty, "passage_id": "9"}]
-    assert _marks(filter_questions(lines, FirstText(), local_evidence(PASSAGES.get))) == [(False, None)] * 3
-    assert _marks(filter_questions(lines, FirstText(), lambda batch: [[] for _ in batch])) == [(False, None)] * 3
+    lines = [_line("who?", "king", "9"), _line("who?", "", "9")]
+    assert _marks(filter_questions(lines, FirstText(), local_evidence(PASSAGES.get))) == [(False, None)] * 2
+    assert _marks(filter_questions(lines, FirstText(), lambda batch: [[] for _ in batch])) == [(False, None)] * 2
 
 
 def test_global_searches_with_the_normalised_question_and_reads_the_written_one() -> None:
@@ -116,17 +114,19 @@ def test_dummy_marks_everything() -> None:
     assert "consistent" not in lines[0]["metadata"]
 
 
-def test_malformed_lines_and_settings_are_refused() -> None:
+def test_malformed_lines_and_settings_are_refused(tmp_path: Path) -> None:
     evidence = local_evidence(PASSAGES.get)
     good = _line("where?", "nile")
-    for bad, message in [
-        ({"answer": "x"}, "line 2 has no question"),
-        ({"question": "x"}, "line 2 has no answer"),
-        ({"question": "x", "answer": ["x"]}, "line 2: answer is no string"),
-        ({"question": None, "answer": "x"}, "line 2: question is no string"),
+    for change, message in [
+        ({"question": None}, "has no question"),
+        ({"answer": ["x"]}, "has no answer"),
+        ({"passage_id": None}, "no passage_id"),
+        ({"metadata": "x"}, "metadata is no object"),
     ]:
-        with pytest.raises(InputError, match=message):
-            list(filter_questions([good, bad], FirstText(), evidence, 1))
+        write_lines(str(tmp_path / "in.jsonl"), [good, good | change])
+        for read in (mark_all, lambda lines: filter_questions(lines, FirstText(), evidence, 1)):
+            with pytest.raises(InputError, match=rf"{message}[\s\S]*in\.jsonl, line 2"):
+                list(read(read_lines(str(tmp_path / "in.jsonl"))))
     with pytest.raises(ConfigError, match="batch_size is 0"):
         list(filter_questions([good], FirstText(), evidence, 0))
     with pytest.raises(ConfigError, match="k is 0"):

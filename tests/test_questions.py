@@ -13,13 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.errors import ArtifactError, InputError
+from pipelines.errors import ArtifactError, ConfigError, InputError
+from pipelines.json_records import read_records
 from pipelines.models.base import Span
 from pipelines.questions import Line, batches, read_lines, write_lines
 from pipelines.questions.extract import extract
 from pipelines.questions.generate import generate
 from pipelines.questions.group import group, scores_of
 from pipelines.questions.rank import DummyRanker, LookupRanker, rank
+from pipelines.readers import lines
 
 PASSAGES: list[Line] = [
     {"passage_id": "1", "passage": "Alexandria is a city.", "metadata": {"title": "Alexandria"}},
@@ -97,6 +99,17 @@ def test_compressed_and_memory_files() -> None:
     assert raw.isascii()
 
 
+@pytest.mark.parametrize(
+    ("suffix", "magic"), [("gz", b"\x1f\x8b"), ("bz2", b"BZh"), ("xz", b"\xfd7z"), ("zst", b"(\xb5/")]
+)
+def test_lines_are_compressed_as_the_name_says(tmp_path: Path, suffix: str, magic: bytes) -> None:
+    path = tmp_path / f"ps.jsonl.{suffix}"
+    assert write_lines(str(path), PASSAGES) == 3
+    assert path.read_bytes().startswith(magic)
+    assert list(read_lines(str(path))) == PASSAGES
+    assert [record["passage_id"] for _, record in read_records(str(path), "")] == ["1", "2", 3]
+
+
 def test_a_failure_leaves_the_old_file(tmp_path: Path) -> None:
     url = str(tmp_path / "out.jsonl")
     write_lines(url, PASSAGES)
@@ -107,8 +120,8 @@ def test_a_failure_leaves_the_old_file(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match="stop"):
         write_lines(url, failing())
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_lines(url, [{"score": float("nan")}])
+    with pytest.raises(InputError, match=r"cannot be written[\s\S]*out\.jsonl, line 2"):
+        write_lines(url, [PASSAGES[0], {"score": float("nan")}])
     assert list(read_lines(url)) == PASSAGES
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
 
@@ -124,6 +137,7 @@ def test_any_line_comes_back(lines: list[Line]) -> None:
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"a": 1}\n\n{"a": \n', r"no valid JSON[\s\S]*a\.jsonl, line 3"),
+        ("a.jsonl", b'{"a": 1}\n{"a": {"score": NaN}}\n', r"NaN is not part of JSON[\s\S]*line 2"),
         ("a.jsonl", b"[1]\n", r"holds a list[\s\S]*line 1"),
         ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"not UTF-8[\s\S]*line 2"),
         ("a.jsonl", b'{"a": "\\ud800"}\n', r"no valid JSON[\s\S]*surrogates[\s\S]*line 1"),
@@ -147,6 +161,13 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
         list(read_lines(str(tmp_path / "absent.jsonl")))
 
 
+def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n' + "x" * 1000)
+    monkeypatch.setattr(lines.text_lines, "__defaults__", (100,))
+    with pytest.raises(InputError, match=r"too long[\s\S]*line 2"):
+        list(read_lines(str(tmp_path / "a.jsonl")))
+
+
 def test_a_megabyte_row(tmp_path: Path) -> None:
     url, text = str(tmp_path / "a.tsv"), "war " * 300_000
     Path(url).write_text(f"1\t{text}\ttitle\n")
@@ -155,6 +176,11 @@ def test_a_megabyte_row(tmp_path: Path) -> None:
 
 
 # Steps
+
+
+def test_batches_of_nothing_are_refused() -> None:
+    with pytest.raises(ConfigError, match="batch_size is 0"):
+        next(batches([1], 0))
 
 
 def test_rank_adds_ps_score_in_batches() -> None:

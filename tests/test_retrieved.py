@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 
 from pipelines import json_records
 from pipelines.errors import ConfigError, InputError
-from pipelines.retrieved import Prediction, read_predictions, read_retrieved, write_retrieved
+from pipelines.retrieved import read_retrieved, write_retrieved
 from pipelines.schema import Hit, Passage, Question
 
 PAQ: list[dict[str, Any]] = [
@@ -176,6 +178,11 @@ def test_any_text_survives(tmp_path_factory: pytest.TempPathFactory, pairs: list
 # Reranked
 
 
+def _predictions(path: str) -> list[tuple[Any, ...]]:
+    records = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return [tuple(record[key] for key in ("question", "prediction", "score", "index")) for record in records]
+
+
 def test_the_rerankers_output(tmp_path: Path) -> None:
     """The prediction is the first answer of the best logit; its index counts in the list that was retrieved."""
     path = str(tmp_path / "reranked.jsonl")
@@ -184,26 +191,20 @@ def test_the_rerankers_output(tmp_path: Path) -> None:
         scored = [replace(hit, rerank_score=logit) for hit, logit in zip(hits, [-2.0, -1.5], strict=False)]
         records.append((question, sorted(scored, key=lambda hit: -(hit.rerank_score or 0))))
     assert write_retrieved(path, records, "reranked") == 2
-    first, second = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    assert first == {"question": "who wrote it", "prediction": "Virgil", "score": -1.5, "index": 1}
-    assert list(read_predictions(path)) == [
-        Prediction("who wrote it", "Virgil", -1.5, 1),
-        Prediction("empty", "", None, -1),
-    ]
-    assert second["prediction"] == ""
+    assert _predictions(path) == [("who wrote it", "Virgil", -1.5, 1), ("empty", "", None, -1)]
 
 
 def test_without_logits_the_first_hit_wins(tmp_path: Path) -> None:
     path = str(tmp_path / "reranked.jsonl")
     write_retrieved(path, read_retrieved(_lines(tmp_path / "in.jsonl", PAQ)), "reranked")
-    assert next(read_predictions(path)) == Prediction("who wrote it", "Homer", 0.25, 0)
+    assert _predictions(path)[0] == ("who wrote it", "Homer", 0.25, 0)
 
 
 def test_the_index_of_own_hits_follows_the_retrieval_score(tmp_path: Path) -> None:
     path = str(tmp_path / "reranked.jsonl")
     hits = [Hit(3, 1.0, Passage("b", "", "q", ["B"]), 9.0), Hit(8, 2.0, Passage("a", "", "q", ["A"]), 1.0)]
     write_retrieved(path, [(Question("1", "q"), hits)], "reranked")
-    assert next(read_predictions(path)) == Prediction("q", "B", 9.0, 1)
+    assert _predictions(path) == [("q", "B", 9.0, 1)]
 
 
 # Refusals
@@ -233,6 +234,7 @@ def test_the_index_of_own_hits_follows_the_retrieval_score(tmp_path: Path) -> No
         ('{"question": "q", "ctxs": [{"title": "x"}]}', 1, "`text` is missing"),
         ('{"question": "\\ud800", "ctxs": []}', 1, "not valid Unicode"),
         ("[" * 100_000, 1, "nested too deeply"),
+        ('{"question": "q", "ctxs": []}\n{"id": ' + "1" * 5000 + "}\n", 2, "not JSON"),
         ('{"question": "q", "prediction": "p", "score": 1, "index": 0}', 1, "neither"),
     ],
 )
@@ -242,6 +244,31 @@ def test_malformed_files_name_the_line(tmp_path: Path, text: str, line: int, wor
     with pytest.raises(InputError, match=words) as caught:
         list(read_retrieved(str(path)))
     assert f"line {line}" in caught.value.where
+
+
+@pytest.mark.parametrize(
+    "text", ['{"question": "q", "ctxs": []}\n{"question": "%s"}', '[{"question": "q", "ctxs": []},\n["%s']
+)
+def test_an_endless_record_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setattr(json_records, "_CHUNK", 16)
+    monkeypatch.setattr(json_records, "_LONGEST", 1000)
+    path = tmp_path / "long.json"
+    path.write_text(text % ("x" * 5000))
+    pulled = 0
+    more = json_records._Text.more
+
+    def counting(self: Any, size: int = 16) -> None:
+        nonlocal pulled
+        pulled += size
+        more(self, size)
+
+    monkeypatch.setattr(json_records._Text, "more", counting)
+    with pytest.raises(InputError, match="longer than 1,000 characters") as caught:
+        list(read_retrieved(str(path)))
+    assert caught.value.where == f"{path}, line 2"
+    assert pulled < 1200
 
 
 def test_other_bytes_name_the_line(tmp_path: Path) -> None:
@@ -257,26 +284,18 @@ def test_absent_empty_and_damaged_files(tmp_path: Path) -> None:
     (tmp_path / "array").write_text("[]")
     (tmp_path / "plain.gz").write_text("{}")
     (tmp_path / "cut.gz").write_bytes(gzip.compress(json.dumps(PAQ[0]).encode() * 50)[:60])
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as handle:
+        handle.writestr("a.jsonl", json.dumps(PAQ[0]))
+    (tmp_path / "cut.zip").write_bytes(packed.getvalue()[:-30])
+    (tmp_path / "cut.jsonl.zst").write_bytes(b"(\xb5/\xfd no more")
     found = {"empty": "no records", "array": "no records", "absent": "no such file", "plain.gz": "decompressed"}
+    found |= {"cut.zip": "decompressed", "cut.jsonl.zst": "damaged"}
     for name, words in {**found, "cut.gz": "decompressed"}.items():
         with pytest.raises(InputError, match=words):
             list(read_retrieved(str(tmp_path / name)))
     with pytest.raises(InputError, match="cannot be opened"):
         list(read_retrieved("nosuch://x/y"))
-
-
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ('{"question": "q"}', "no prediction"),
-        ('{"question": "q", "prediction": "p", "score": 1, "index": "0"}', "`index`"),
-        ('{"question": "q", "prediction": null, "score": 1, "index": 0}', "`prediction` is missing"),
-    ],
-)
-def test_malformed_predictions(tmp_path: Path, line: str, words: str) -> None:
-    (tmp_path / "bad.jsonl").write_text(line)
-    with pytest.raises(InputError, match=words):
-        list(read_predictions(str(tmp_path / "bad.jsonl")))
 
 
 def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import csv
 import math
-import sys
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from pipelines.errors import InputError
 from pipelines.schema import Passage
@@ -27,32 +26,16 @@ def read_lines(url: str) -> Iterator[tuple[int, str]]:
     Raises InputError for a missing, empty or damaged file, and for a line that is no UTF-8 or over 16 MiB long.
     """
     from pipelines.readers.files import open_text
-    from pipelines.readers.lines import ByteLines
+    from pipelines.readers.lines import text_lines
 
     found = False
     with open_text(url) as stream:
-        lines = ByteLines(stream, 0, MAX_LINE_BYTES, sys.maxsize)
-        lines.skip_bom()
-        number = 0
-        while raw := _next(lines):
-            number += 1
-            if len(raw) > MAX_LINE_BYTES:
-                _refuse("the line is too long", url, number, f"at most {MAX_LINE_BYTES:,} bytes")
-            try:
-                text = raw.decode().rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                _refuse(f"not UTF-8 text ({error})", url, number, "UTF-8")
+        for number, text in enumerate(text_lines(stream, url, MAX_LINE_BYTES), start=1):
             if text.strip():
                 found = True
-                yield number, text
+                yield number, text.rstrip("\r\n")
     if not found:
         raise InputError("the file is empty", where=url, hint="check that it was copied or downloaded completely")
-
-
-def _next(lines: Any) -> bytes:
-    lines.mark()
-    line: bytes = lines.next()
-    return line
 
 
 def _refuse(what: str, url: str, line: int, expected: str) -> NoReturn:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ import numpy.typing as npt
 from pipelines.benchmarks.files import read_corpus
 from pipelines.errors import CheckpointError, InputError
 from pipelines.evaluate import read_questions
+from pipelines.questions import batches as chunks
 from pipelines.schema import Hit, Passage, Question
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from pipelines.models.base import CrossEncoder
     from pipelines.published import Row
 
-T = TypeVar("T")
 Progress = Callable[[str, int], None]
 """Called with what is being done and how much of it has been done."""
 
@@ -136,12 +136,10 @@ def _check_similarity(run: Run, spec: EncoderSpec) -> None:
 
 
 def load_reranker(run: Run) -> CrossEncoder:
-    from pipelines.models import find_model
-    from pipelines.models.fetch import fetch
+    from pipelines import rerank
+    from pipelines.config import RerankConfig
 
-    directory = fetch(run.inputs["reranker"])
-    model: CrossEncoder = find_model(directory, "cross-encoder").load(directory, "fp32", run.device)
-    return model
+    return rerank.load_reranker(RerankConfig(checkpoint=run.inputs["reranker"], compute="fp32"), run.device)
 
 
 def score_pairs(model: CrossEncoder, queries: list[str], passages: list[Passage]) -> npt.NDArray[np.float32]:
@@ -149,9 +147,3 @@ def score_pairs(model: CrossEncoder, queries: list[str], passages: list[Passage]
     if not np.isfinite(score_N).all():
         raise CheckpointError("the reranker gives scores that are not finite", hint="its weights may be damaged")
     return score_N
-
-
-def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    iterator = iter(items)
-    while chunk := list(islice(iterator, size)):
-        yield chunk

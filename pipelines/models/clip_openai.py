@@ -17,7 +17,7 @@ import zlib
 from typing import Any
 
 from pipelines.errors import CheckpointError
-from pipelines.models.files import read_json, refuse
+from pipelines.models.files import CLIP_VOCABULARY, check_counted, read_json, refuse
 
 _HEAD_WIDTH = 64  # of every attention head in OpenAI's CLIP models
 _STORED_SIZES = ("input_resolution", "context_length", "vocab_size")  # numbers kept beside the weights
@@ -84,6 +84,7 @@ def _named_file(folder: str, key: str, what: str) -> str:
         refuse(f"config.json names no {what} of its own folder: {name!r}", folder, expected=f"a file name as {key}")
     if not os.path.isfile(path):
         refuse(f"the {what} are missing: there is no {name}", folder, hint="copy the whole model directory")
+    check_counted(folder, [name], expected=f"CLIPModel.pt as model_name, {CLIP_VOCABULARY} as tokenizer_name")
     return path
 
 

@@ -10,15 +10,18 @@ import json
 import os
 import zipfile
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pipelines.errors import CheckpointError
 
 _TEXT_SUFFIXES = (".json", ".txt", ".model")
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".cp", ".pt")
-_SHADOWED_SUFFIXES = (".bin", ".bin.index.json", ".cp", ".pt")
-_CLIP_VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
+_INDEX = ".index.json"  # of a sharded form: it names the shards
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".cp", ".pt", f".safetensors{_INDEX}", f".bin{_INDEX}")
+# Where a folder's weights are looked for, in this order.
+_WEIGHTS = ("model.safetensors", f"model.safetensors{_INDEX}", "pytorch_model.bin", f"pytorch_model.bin{_INDEX}")
+CLIP_VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 _IGNORED_FOLDERS = ("onnx", "openvino", "coreml", "eval", "runs", "logs", "gguf")
 _IGNORED_FILES = (
     "README.txt",
@@ -49,16 +52,34 @@ def refuse(what: str, directory: str, *, expected: str = "", hint: str = "") -> 
 def relevant_names(names: list[str]) -> list[str]:
     """Return, sorted, the relative names (`/`-separated) that change a checkpoint's vectors.
 
-    Configs, tokeniser files and weights stay; documentation, training logs and other runtimes' exports go. Where a
-    folder has safetensors, weights in older formats do not count, because they are not loaded.
+    Configs, tokeniser files and the weights that are loaded stay; documentation, training logs, other runtimes' exports
+    and other weights go.
     """
-    kept = [name for name in names if _may_matter(name)]
-    with_safetensors = {os.path.dirname(name) for name in kept if name.endswith(".safetensors")}
+    kept = sorted(name for name in names if _may_matter(name))
+    folders: dict[str, set[str]] = {}
+    for name in kept:
+        folders.setdefault(os.path.dirname(name), set()).add(os.path.basename(name))
+    loaded = {os.path.join(folder, file) for folder, files in folders.items() for file in _loaded_weights(files)}
+    return [name for name in kept if name in loaded or not name.endswith(_WEIGHT_SUFFIXES)]
 
-    def is_shadowed(name: str) -> bool:
-        return name.endswith(_SHADOWED_SUFFIXES) and os.path.dirname(name) in with_safetensors
 
-    return sorted(name for name in kept if not is_shadowed(name))
+def _first_weights(files: Collection[str]) -> str:
+    """Return which of a folder's files are its weights, or name them; "" for none."""
+    return next((name for name in _WEIGHTS if name in files), "")
+
+
+def _loaded_weights(files: Collection[str]) -> list[str]:
+    """Return those of a folder's files that are loaded as weights.
+
+    That is the first of _WEIGHTS; with an index, every file in its format, because names alone don't tell shards.
+    Without either and without modules.json, DPR's own `.cp`. Always an OpenAI CLIP's `.pt`, which a config.json names.
+    """
+    first, suffixes = _first_weights(files), [".pt"]
+    if first.endswith(_INDEX):
+        suffixes.append(os.path.splitext(first.removesuffix(_INDEX))[1])
+    elif not first and "modules.json" not in files:
+        suffixes.append(".cp")
+    return [file for file in files if file == first or file.endswith(tuple(suffixes))]
 
 
 def _may_matter(name: str) -> bool:
@@ -67,7 +88,14 @@ def _may_matter(name: str) -> bool:
         return False
     if file.startswith(".") or file in _IGNORED_FILES:
         return False
-    return file == _CLIP_VOCABULARY or file.endswith(_TEXT_SUFFIXES + _WEIGHT_SUFFIXES)
+    return file == CLIP_VOCABULARY or file.endswith(_TEXT_SUFFIXES + _WEIGHT_SUFFIXES)
+
+
+def check_counted(folder: str, names: list[str], *, expected: str) -> None:
+    """Raise CheckpointError for files of the folder that are to be loaded, but are no part of the digest."""
+    counted = relevant_names([*os.listdir(folder), *names])
+    if left_out := [name for name in names if name not in counted]:
+        refuse(f"the checkpoint's digest leaves out {', '.join(left_out)}", folder, expected=expected, hint="rename it")
 
 
 def checkpoint_digest(directory: str) -> str:
@@ -122,15 +150,10 @@ def peek_json(directory: str, name: str) -> dict[str, Any]:
 
 
 def native_files(directory: str) -> list[str]:
-    """Return the paths of DPR's own `.cp` files, or [] where there are none or weights in a newer format beside them.
-
-    Newer formats come first, as in weight_files. Never raises.
-    """
+    """Return the paths of DPR's own `.cp` files, or [] where there are none or others are loaded. Never raises.    """
     try:
-        names = sorted(os.listdir(directory))
-        if "modules.json" in names or weight_files(directory):
-            return []
-    except (OSError, CheckpointError):
+        names = relevant_names(os.listdir(directory))
+    except OSError:
         return []
     return [os.path.join(directory, name) for name in names if name.endswith(".cp")]
 
@@ -156,17 +179,18 @@ def mentions(path: str, words: tuple[str, ...]) -> set[str]:
 def weight_files(directory: str) -> list[str]:
     """Return the paths of the weight files that are loaded, or [] when there are none.
 
-    In order of preference: model.safetensors, its sharded form, pytorch_model.bin, its sharded form.
+    In order of preference: model.safetensors, its sharded form, pytorch_model.bin, its sharded form. Raises
+    CheckpointError for an index that names no files, or files that the digest would leave out.
     """
-    for whole in ("model.safetensors", "pytorch_model.bin"):
-        path = os.path.join(directory, whole)
-        if os.path.isfile(path):
-            return [path]
-        index = read_json(directory, f"{whole}.index.json")
-        if index:
-            shards = sorted(set(index.get("weight_map", {}).values()))
-            return [os.path.join(directory, os.path.basename(shard)) for shard in shards]
-    return []
+    first = _first_weights([name for name in _WEIGHTS if os.path.isfile(os.path.join(directory, name))])
+    if not first.endswith(_INDEX):
+        return [os.path.join(directory, first)] if first else []
+    shards = read_json(directory, first).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        refuse(f"{first} names no weight files", directory, expected="weight_map: the file of each tensor")
+    names = sorted({os.path.basename(str(shard)) for shard in shards.values()})
+    check_counted(directory, names, expected=f"shards in the format of {first.removesuffix(_INDEX)}")
+    return [os.path.join(directory, name) for name in names]
 
 
 def require_files(directory: str) -> None:

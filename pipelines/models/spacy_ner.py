@@ -43,8 +43,13 @@ def info(directory: str) -> ModelInfo:
         if not os.path.isfile(os.path.join(directory, name)):
             refuse(f"{name} is missing", directory, expected="a spaCy pipeline's directory")
     meta = read_json(directory, "meta.json", required=True)
-    labels: Any = meta.get("labels") or {}
-    own = [str(name) for name in meta.get("pipeline") or []]
+    labels, pipeline = meta.get("labels") or {}, meta.get("pipeline") or []
+    if not isinstance(labels, dict) or not isinstance(pipeline, list):
+        refuse(
+            "meta.json: labels is no object, or pipeline no list", directory, expected="a spaCy pipeline's meta.json"
+        )
+    own = [str(name) for name in pipeline]
+    found = [labels.get(name) or [] for name in own if "ner" in name]
     return ModelInfo(
         family="spacy_ner",
         kind="answer-extractor",
@@ -54,7 +59,7 @@ def info(directory: str) -> ModelInfo:
         details={
             "name": f"{meta.get('lang', '')}_{meta.get('name', '')} {meta.get('version', '')}".strip(),
             "pipeline": own,
-            "entities": sorted({str(label) for name in own for label in labels.get(name) or [] if "ner" in name}),
+            "entities": sorted({str(label) for each in found if isinstance(each, list) for label in each}),
         },
     )
 
@@ -100,26 +105,41 @@ def _package_data(name: str) -> str:
 
 def _check_config(path: str) -> None:
     """Raise CheckpointError unless config.cfg names spaCy's own components and functions only, one finding entities."""
-    from spacy.util import load_config
-
-    try:
-        config = load_config(os.path.join(path, "config.cfg"), interpolate=True)
-    except Exception as error:  # confection and configparser each have their own tree
-        raise CheckpointError(f"config.cfg cannot be read: {_first_line(error)}", where=path) from error
-    components: Any = config.get("components") or {}
+    nlp, components = _read_config(path)
     factories = {name: str(settings.get("factory")) for name, settings in components.items()}
     foreign = sorted(set(factories.values()) - set(_COMPONENTS))
-    foreign += sorted({function for function in _functions([config.get("nlp"), components]) if not _is_own(function)})
+    foreign += sorted({function for function in _functions([nlp, components]) if not _is_own(function)})
     foreign += [f"source of {name}" for name, settings in components.items() if "source" in settings]
     if foreign:
         expected = "spaCy's own components; others run code that we do not know"
         refuse(
             f"the pipeline uses {', '.join(foreign)}", path, expected=expected, hint="use en_core_web_sm or the like"
         )
-    running = set(config["nlp"]["pipeline"]) - set(config["nlp"].get("disabled") or [])
+    running = set(nlp.get("pipeline") or []) - set(nlp.get("disabled") or [])
     if not any(factories.get(name) in _FINDERS for name in running):
         shown = ", ".join(sorted(running)) or "nothing"
         refuse(f"the pipeline ({shown}) finds no entities", path, expected=f"one of {', '.join(_FINDERS)}")
+
+
+def _read_config(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the sections nlp and components of config.cfg, the names of components in them being strings."""
+    from spacy.util import load_config
+
+    try:
+        config = load_config(os.path.join(path, "config.cfg"), interpolate=True)
+    except Exception as error:  # confection and configparser each have their own tree
+        raise CheckpointError(f"config.cfg cannot be read: {_first_line(error)}", where=path) from error
+    nlp, components = config.get("nlp"), config.get("components") or {}
+    expected = "the config.cfg of a spaCy pipeline"
+    if not isinstance(nlp, dict):
+        refuse("config.cfg has no section [nlp]", path, expected=expected)
+    if not isinstance(components, dict) or not all(isinstance(settings, dict) for settings in components.values()):
+        refuse("config.cfg: a component is no section", path, expected=expected)
+    for key in ("pipeline", "disabled"):
+        names = nlp.get(key) or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            refuse(f"config.cfg: nlp.{key} is no list of names", path, expected=expected)
+    return nlp, components
 
 
 def _functions(settings: Any) -> Iterator[str]:

@@ -181,7 +181,8 @@ def _convert(directory: str, kind: str) -> Any:
         raise CheckpointError(f"the tokeniser cannot be loaded: {error}", where=directory) from error
     backend = tokeniser.backend_tokenizer
     is_albert = read_json(directory, "config.json").get("model_type") == "albert"
-    return _demote_digit_commas(backend) if is_albert else backend
+    # An ALBERT may also come with BERT's vocabulary.
+    return _demote_digit_commas(backend) if is_albert and type(backend.model).__name__ == "Unigram" else backend
 
 
 def is_cased(pieces: Iterable[str]) -> bool:

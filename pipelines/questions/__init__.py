@@ -8,23 +8,20 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, NoReturn, TypeVar
 
-from pipelines.errors import InputError
+from pipelines.errors import ConfigError, InputError
+from pipelines.json_records import put_whole
 from pipelines.readers.base import ReadOptions
 from pipelines.readers.files import format_of, open_text
-from pipelines.readers.lines import ByteLines
-from pipelines.storage import Store, temporary_file
+from pipelines.readers.lines import LINE_BYTES, text_lines
 
 __all__ = ["Line", "Lines", "Texts", "batches", "check_passage", "checked", "read_lines", "write_lines"]
 
 Line = dict[str, Any]
 _T = TypeVar("_T")
-_LINE_BYTES = 64 << 20  # a longer line is refused: a line without end must not fill the memory
 _HEADER = ["id", "text", "title"]
 _ROW = "id, text and title, separated by tabs and quoted as in csv"
 
@@ -48,17 +45,9 @@ class Texts(Iterator[str]):
 
     def _read(self) -> Iterator[str]:
         with open_text(self.url) as stream:
-            lines = ByteLines(stream, 0, _LINE_BYTES, sys.maxsize)
-            lines.skip_bom()
-            while line := lines.next():
+            for text in text_lines(stream, self.url):
                 self.number += 1
-                if len(line) > _LINE_BYTES:
-                    raise self.refuse(f"the line is longer than {_LINE_BYTES:,} bytes")
-                try:
-                    yield line.decode()
-                except UnicodeDecodeError as error:
-                    raise self.refuse(f"byte {error.start} of the line is not UTF-8", "UTF-8 text") from error
-                lines.mark()
+                yield text
 
 
 class Lines(Iterator[Line]):
@@ -84,7 +73,7 @@ class Lines(Iterator[Line]):
             if not text.strip():
                 continue
             try:
-                line = json.loads(text)
+                line = json.loads(text, parse_constant=_refuse_constant)
                 # A lone surrogate is legal JSON and no text: no tokeniser takes it, no file holds it.
                 if "\\u" in text:
                     json.dumps(line, ensure_ascii=False).encode()
@@ -96,7 +85,7 @@ class Lines(Iterator[Line]):
 
     def _rows(self) -> Iterator[Line]:
         """Yield passages from a TSV of id, text and title, csv-quoted, with or without that header."""
-        csv.field_size_limit(max(csv.field_size_limit(), _LINE_BYTES))  # one limit for the whole process
+        csv.field_size_limit(max(csv.field_size_limit(), LINE_BYTES))  # one limit for the whole process
         # Strict, because a stray quote would otherwise join rows in silence.
         rows, first = csv.reader(self._texts, delimiter="\t", strict=True), True
         while True:
@@ -115,6 +104,10 @@ class Lines(Iterator[Line]):
             first = False
 
 
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not part of JSON")
+
+
 def read_lines(url: str) -> Lines:
     """Open a .jsonl or .tsv file (also compressed; local, s3://, https://).
 
@@ -126,20 +119,23 @@ def read_lines(url: str) -> Lines:
 def write_lines(url: str, lines: Iterable[Line]) -> int:
     """Write JSON lines to `url` (local or any fsspec URL), whole or not at all. Returns their number.
 
-    They stream through a temporary file, on the disk of the target where that is local. A line is written as PAQ's
-    are: ASCII, other characters escaped.
+    They stream through a temporary file, on the disk of the target where that is local, compressed as the name says. A
+    line is written as PAQ's are: ASCII, other characters escaped. Raises InputError for a number that is not finite.
     """
-    folder, _, name = str(url).rpartition("/")
-    store = Store(folder or ("/" if str(url).startswith("/") else "."))
-    if store.is_local:
-        os.makedirs(store.path(), exist_ok=True)
     count = 0
-    with temporary_file(store.path() if store.is_local else None) as temp:
-        with open(temp, "w", encoding="ascii") as handle:
-            for line in lines:
-                handle.write(json.dumps(line, allow_nan=False) + "\n")
-                count += 1
-        store.put_file(name, temp)
+
+    def fill(stream: BinaryIO) -> None:
+        nonlocal count
+        for line in lines:
+            count += 1
+            try:
+                text = json.dumps(line, allow_nan=False)
+            except ValueError as error:
+                what, where = f"the line cannot be written: {error}", f"{url}, line {count}"
+                raise InputError(what, where=where, expected="finite numbers") from error
+            stream.write(f"{text}\n".encode("ascii"))
+
+    put_whole(url, fill)
     return count
 
 
@@ -164,7 +160,9 @@ def check_passage(line: Line) -> str | None:
 
 
 def batches(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
-    """Yield the items in lists of `size`, the last one shorter."""
+    """Yield the items in lists of `size`, the last one shorter. Raises ConfigError for a size below 1."""
+    if size < 1:
+        raise ConfigError(f"batch_size is {size}", expected="1 or more")
     source = iter(items)
     while batch := list(islice(source, size)):
         yield batch

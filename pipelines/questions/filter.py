@@ -9,17 +9,15 @@ three modes and the test (exact match of the reader's answer and the extracted o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
-from typing import Any
 
-from pipelines.errors import ConfigError, InputError
+from pipelines.errors import ConfigError
 from pipelines.evaluate import exact_match
 from pipelines.models.base import Answer, Reader
 from pipelines.models.paq import normalise_question
+from pipelines.questions import Line, batches, checked
+from pipelines.questions.group import check_generated
 from pipelines.schema import Hit, Passage
 
-Line = dict[str, Any]
-"""A generated question: `question`, `answer` (the extracted one), `passage_id` and `metadata`."""
 Evidence = Callable[[list[Line]], list[list[Passage]]]
 """The passages from which the reader is to answer each line; none is allowed."""
 GLOBAL_DEPTH = 50
@@ -30,9 +28,9 @@ def filter_questions(lines: Iterable[Line], reader: Reader, evidence: Evidence, 
 
     filter_answer is the reader's best answer, None where there was no evidence or no answer (then not consistent).
     The reader gets the question as it is written, without outer whitespace. batch_size: lines that evidence and reader
-    see at once. Raises InputError for a line without a question or an answer.
+    see at once. Raises InputError for a line that is no generated question.
     """
-    for batch in _batches(lines, batch_size):
+    for batch in batches(checked(lines, check_generated), batch_size):
         found = evidence(batch)
         answers = reader.answer([line["question"].strip() for line in batch], found)
         for line, own in zip(batch, answers, strict=True):
@@ -40,8 +38,8 @@ def filter_questions(lines: Iterable[Line], reader: Reader, evidence: Evidence, 
 
 
 def mark_all(lines: Iterable[Line]) -> Iterator[Line]:
-    """Yield a copy of each line as consistent, with nothing read: the dummy mode."""
-    for line in lines:
+    """Yield a copy of each line as consistent, with nothing read: the dummy mode. Raises InputError as above."""
+    for line in checked(lines, check_generated):
         yield _with_metadata(line, True, None)
 
 
@@ -68,29 +66,10 @@ def local_evidence(passage_of: Callable[[str], Passage | None]) -> Evidence:
     """
 
     def find(lines: list[Line]) -> list[list[Passage]]:
-        sources = [passage_of(str(line["passage_id"])) if "passage_id" in line else None for line in lines]
+        sources = [passage_of(str(line["passage_id"])) for line in lines]
         return [[] if source is None else [source] for source in sources]
 
     return find
-
-
-def _batches(lines: Iterable[Line], size: int) -> Iterator[list[Line]]:
-    if size < 1:
-        raise ConfigError(f"batch_size is {size}", expected="1 or more")
-    rest, number = iter(lines), 0
-    while batch := list(islice(rest, size)):
-        for line in batch:
-            number += 1
-            _check(line, number)
-        yield batch
-
-
-def _check(line: Line, number: int) -> None:
-    """Raise InputError unless question and answer are strings."""
-    for key in ("question", "answer"):
-        if not isinstance(line.get(key), str):
-            what = f"line {number} has no {key}" if key not in line else f"line {number}: {key} is no string"
-            raise InputError(what, expected="a line of generated questions: question, answer, passage_id, metadata")
 
 
 def _marked(line: Line, answers: list[Answer]) -> Line:

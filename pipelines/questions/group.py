@@ -78,7 +78,7 @@ def _described(lines: Iterable[Line], scores: Mapping[str, float] | None) -> Ite
                     what, where=getattr(lines, "where", ""), hint="give the ranked lines of these passages"
                 )
             origin["ps_score"] = scores[str(line["passage_id"])]
-        about = origin | {"answer": line["answer"]} | line.get("metadata", {})
+        about = origin | {"answer": line["answer"]} | (line.get("metadata") or {})
         yield {"question": line["question"], "answer": line["answer"], "metadata": about}
 
 
@@ -89,7 +89,7 @@ def check_generated(line: Line) -> str | None:
     for key in ("question", "answer"):
         if not isinstance(line.get(key), str):
             return f"the line has no {key}, or it is no text"
-    return None if isinstance(line.get("metadata", {}), dict) else "metadata is no object"
+    return None if isinstance(line.get("metadata"), dict | None) else "metadata is no object"
 
 
 def _grouped(numbered: Iterable[Numbered]) -> Iterator[Numbered]:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from typing import BinaryIO
 
+from pipelines.errors import InputError
+
+LINE_BYTES = 64 << 20
+"""A longer line is refused where no smaller limit is set: a line without end must not fill the memory."""
 _FIRST_BLOCK_BYTES = 64 << 10
 _LAST_BLOCK_BYTES = 4 << 20
 BOM = b"\xef\xbb\xbf"
@@ -90,3 +96,22 @@ class ByteLines:
         self._at -= self._mark
         self._mark = 0
         return bool(block)
+
+
+def text_lines(stream: BinaryIO, url: str, limit: int = LINE_BYTES) -> Iterator[str]:
+    """Yield the lines of a UTF-8 stream, newline included, without a byte order mark. url: for the messages.
+
+    Raises InputError, with the line, for one that is not UTF-8 or longer than `limit` bytes.
+    """
+    lines, number = ByteLines(stream, 0, limit, sys.maxsize), 0
+    lines.skip_bom()
+    while line := lines.next():
+        number += 1
+        where = f"{url}, line {number}"
+        if len(line) > limit:
+            raise InputError("the line is too long", where=where, expected=f"at most {limit:,} bytes")
+        try:
+            yield line.decode()
+        except UnicodeDecodeError as error:
+            raise InputError(f"not UTF-8 text ({error})", where=where, expected="UTF-8") from error
+        lines.mark()

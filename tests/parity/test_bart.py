@@ -17,6 +17,7 @@ import pytest
 from pipelines.errors import CheckpointError, ConfigError, InputError
 from pipelines.models import bart, describe, find_family, find_model
 from pipelines.models.base import Span
+from pipelines.models.tokens import clean_spaces
 from tests.checkpoints import _Draw, _write_json, write_cross_encoder, write_dpr, write_paq
 from tests.checkpoints.questions import BART_SPECIAL, rewrite_config, rewrite_weights, write_bart
 

@@ -13,6 +13,7 @@ import pytest
 
 from pipelines.models import describe, fid, find_model
 from pipelines.models.base import Answer
+from pipelines.models.tokens import clean_spaces
 from pipelines.schema import Passage
 from tests.checkpoints import State, save_weights
 from tests.checkpoints.fid import CROSS_BIAS, T5_PIECES, t5_config, t5_state, wrap, write_fid, write_t5_tokeniser

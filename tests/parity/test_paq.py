@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from pipelines.errors import CheckpointError, ConfigError
 from pipelines.models import describe, find_family, paq
+from pipelines.models.tokens import load_backend
 from tests.checkpoints import linear_state, save_weights, write_paq
 from tests.parity.towers import QUESTIONS, TITLES, close, embed, rows
 
@@ -149,6 +150,15 @@ def test_tokens_equal_transformers_where_no_comma_follows_a_digit(tmp_path: Path
     questions = ["who wrote, the book", "café in 78 rivers", "", "war " * 600]
     expected = theirs(questions, truncation=True, max_length=512)["input_ids"]
     assert rows(paq.load_tokeniser(directory).queries(questions)) == expected
+
+
+def test_an_albert_with_a_vocabulary_of_bert(tmp_path: Path) -> None:
+    """Chinese ALBERTs have one: nothing of it has a score, and a piece may be empty."""
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "king", "", "war"]
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces) + "\n")
+    (tmp_path / "config.json").write_text('{"model_type": "albert"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    assert load_backend(str(tmp_path)).encode("king war").tokens == ["[CLS]", "king", "war", "[SEP]"]
 
 
 @given(st.text(st.characters(exclude_characters="?")))

@@ -161,6 +161,10 @@ def _edit(directory: str, old: str, new: str) -> None:
         ('pipeline = ["entity_ruler"]', "pipeline = []", "finds no entities"),
         ("disabled = []", 'disabled = ["entity_ruler"]', "finds no entities"),
         ("[nlp]", "[nlp", "cannot be read"),
+        ("[nlp", "[other", r"no section \[nlp\]"),
+        ('pipeline = ["entity_ruler"]', "pipeline = 3", "pipeline is no list"),
+        ('pipeline = ["entity_ruler"]', 'pipeline = [["entity_ruler"]]', "pipeline is no list"),
+        ("[components]", "[components]\nother = 3", "a component is no section"),
     ],
 )
 def test_other_code_and_other_pipelines_are_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -171,6 +175,15 @@ def test_other_code_and_other_pipelines_are_refused(tmp_path: Path, old: str, ne
         (tmp_path / "config.cfg").write_text((tmp_path / "config.cfg").read_text() + block)
     with pytest.raises(CheckpointError, match=message):
         spacy_ner.load(directory)
+
+
+@pytest.mark.parametrize("change", [{"labels": ["PERSON"]}, {"pipeline": 3}])
+def test_a_description_of_another_shape_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    directory = write_pipeline(str(tmp_path))
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    (tmp_path / "meta.json").write_text(json.dumps(meta | change))
+    with pytest.raises(CheckpointError, match=r"meta\.json"):
+        spacy_ner.info(directory)
 
 
 @pytest.mark.parametrize("name", ["ner/model", "vocab/strings.json", "tokenizer"])

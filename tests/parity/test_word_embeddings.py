@@ -19,6 +19,7 @@ from pipelines.errors import ConfigError
 from pipelines.models import describe, find_family
 from pipelines.models import sentence_transformers as sentence
 from pipelines.models import word_embeddings as family
+from pipelines.models.tokens import micro_batches, pad
 from tests.checkpoints import write_sentence_transformer
 from tests.checkpoints.words import write_word_vectors
 from tests.parity.towers import close, embed, rows
