@@ -13,7 +13,7 @@ import numpy.typing as npt
 from pipelines.benchmarks.files import read_corpus
 from pipelines.errors import CheckpointError, InputError
 from pipelines.evaluate import read_questions
-from pipelines.questions import batches as chunks
+from pipelines.questions import batches
 from pipelines.schema import Hit, Passage, Question
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def retrieve(run: Run, questions: Sequence[Question], k: int, *, pairs: bool) ->
     retriever = Retriever.open(run.inputs["root"], run.inputs["index"])
     _check_similarity(run, retriever.spec)
     hits: list[list[Hit]] = []
-    for chunk in chunks(texts, _QUERIES_AT_ONCE):
+    for chunk in batches(texts, _QUERIES_AT_ONCE):
         hits += retriever.search(chunk, min(k, retriever.manifest["num_rows"]))
         run.progress("questions searched", len(hits))
     if pairs and any(hit.passage.answers is None for found in hits for hit in found):
@@ -98,7 +98,7 @@ def search(run: Run, queries: Sequence[str], passages: Iterable[Passage], k: int
     best = (np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64))
     kept: dict[int, Passage] = {}
     first = 0
-    for block in chunks(passages, BLOCK_ROWS):
+    for block in batches(passages, BLOCK_ROWS):
         emb_ND = encoder.encode_passages([p.title for p in block], [p.text for p in block])
         rows_N = np.arange(first, first + len(block))
         best = merge_topk([best, exact_topk(queries_BD, [(emb_ND, rows_N)], k, "ip")], k)

@@ -18,7 +18,6 @@ from pipelines.benchmarks import files
 from pipelines.benchmarks.measures import first_match_rates, mean_reciprocal_rank, ndcg, pattern_matches, spearman
 from pipelines.benchmarks.run import (
     Run,
-    chunks,
     load_reranker,
     resolve_encoder,
     retrieve,
@@ -29,6 +28,7 @@ from pipelines.benchmarks.run import (
 from pipelines.errors import InputError
 from pipelines.evaluate import exact_match, score_retrieval
 from pipelines.published import DATA
+from pipelines.questions import batches
 from pipelines.schema import Hit, Passage, Question
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def _rank(run: Run, candidates: Iterable[tuple[str, str, Passage]]) -> tuple[dic
     model = load_reranker(run)
     best: dict[str, dict[str, float]] = {}
     seconds, count = 0.0, 0
-    for chunk in chunks(candidates, _PAIRS_AT_ONCE):
+    for chunk in batches(candidates, _PAIRS_AT_ONCE):
         started = time.perf_counter()
         score_N = score_pairs(model, [text for _, text, _ in chunk], [passage for _, _, passage in chunk])
         seconds += time.perf_counter() - started
