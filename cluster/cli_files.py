@@ -46,14 +46,17 @@ def rerank(
         typer.Option(help="Of the output: PAQ's or DPR's retrieval result, or PAQ's prediction a question."),
     ] = "paq",
     depth: Annotated[int, typer.Option(min=1, help="Hits of a question that are scored.")] = 50,
+    tokeniser: Annotated[str | None, typer.Option(help="Of a checkpoint released without one.")] = None,
     device: Device = "cpu",
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Rerank a file of retrieved QA pairs (PAQ's jsonl) or passages (DPR's json) and score it."""
     from cluster import files, summaries
+    from pipelines.config import RerankConfig
 
-    result = files.rerank(source, model, out, form, depth, device, progress(quiet))
+    config = RerankConfig(checkpoint=model, depth=depth, tokeniser=tokeniser)
+    result = files.rerank(source, config, out, form, device, progress(quiet))
     show(result, json_, summaries.scored_summary)
 
 

@@ -29,11 +29,9 @@ _KS = (1, 5, 10, 20, 50, 100)
 Retrieved = tuple[Question, list[Hit]]
 
 
-def rerank(
-    source: str, model: str, out: str, form: Form, depth: int, device: str, progress: Progress
-) -> dict[str, Any]:
+def rerank(source: str, config: RerankConfig, out: str, form: Form, device: str, progress: Progress) -> dict[str, Any]:
     """Rerank a file of retrieved QA pairs or passages. Scores it where the questions carry answers."""
-    reranker = load_reranker(RerankConfig(checkpoint=model, depth=depth), device)
+    reranker, depth = load_reranker(config, device), config.depth
     tally = Tally(_KS)
 
     def reordered() -> Iterator[Retrieved]:
@@ -153,7 +151,12 @@ def _evidence(source: str, root: str | None, name: str | None, passages: str | N
         return local_evidence(_passages_of(source, passages).get)
     assert name is not None
     retriever = Retriever(root or "pinakes-data", publish.read_version(root or "pinakes-data", name))
-    return global_evidence(lambda queries, k: retriever.search(queries, min(k, len(retriever.passages))))
+    normalised = retriever.spec.query_family in ("paq", "paq_passages")  # PAQ's own encoders do it
+
+    def search(queries: list[str], k: int) -> list[list[Hit]]:
+        return retriever.search(queries, min(k, len(retriever.passages)))
+
+    return global_evidence(search, normalise=not normalised)
 
 
 def _passages_of(source: str, passages: str) -> dict[str, Passage]:

@@ -17,8 +17,7 @@ from pipelines import publish
 from pipelines.answer import check_reader
 from pipelines.config import Config
 from pipelines.encode import EncoderSpec, check_takes_images, resolve
-from pipelines.models import find_model
-from pipelines.models.fetch import fetch
+from pipelines.rerank import check_reranker
 from pipelines.retrieve import check_encoder
 
 
@@ -155,7 +154,7 @@ def _encoder(config: Config) -> EncoderSpec:
 def _check_stages(config: Config) -> None:
     """Look at the reranker and the reader of the config, without loading them."""
     if config.rerank:
-        find_model(fetch(config.rerank.checkpoint), "cross-encoder")
+        check_reranker(config.rerank)
     if config.answer:
         check_reader(config.answer.reader, config.answer.tokeniser)
 

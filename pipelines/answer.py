@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from pipelines.errors import CheckpointError, ConfigError
+from pipelines.errors import ConfigError
 from pipelines.models.base import Answer, ModelFamily, Reader
 from pipelines.schema import Hit, Passage
 
@@ -91,19 +90,9 @@ def check_reader(checkpoint: str, tokeniser: str | None = None) -> None:
 
 def _find_reader(checkpoint: str, tokeniser: str | None) -> tuple[ModelFamily, str, dict[str, Any]]:
     """Return the family, the local directory and the options of `load`."""
-    from pipelines.models import find_model
+    from pipelines.models import find_model, tokeniser_options
     from pipelines.models.fetch import fetch
 
     directory = fetch(checkpoint)
     family = find_model(directory, "reader")
-    takes_one = "tokeniser" in inspect.signature(family.load).parameters
-    if tokeniser is None and takes_one and not family.info(directory).details["has_tokeniser"]:
-        hint = "set answer.tokeniser (--tokeniser) to the directory of the T5 tokeniser; t5-base has PAQ's and FiD's"
-        raise CheckpointError("this reader comes without a tokeniser", where=directory, hint=hint)
-    if tokeniser is None:
-        return family, directory, {}
-    if not takes_one:
-        raise ConfigError(
-            "answer.tokeniser: this reader has its own tokeniser", where=directory, expected="no such key"
-        )
-    return family, directory, {"tokeniser": fetch(tokeniser)}
+    return family, directory, tokeniser_options(family, directory, tokeniser, "answer.tokeniser")

@@ -88,6 +88,8 @@ class RerankConfig(Strict):
     """Directory, URL or hub name of a cross-encoder or a PAQ reranker."""
     depth: int = Field(default=50, ge=1)
     """How many of the hits are scored; those behind keep their order."""
+    tokeniser: str | None = None
+    """Directory of the tokeniser, for a checkpoint released without one (BERT_Cat)."""
     compute: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
 
 

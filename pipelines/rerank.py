@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.models.base import CrossEncoder
+from pipelines.models.base import CrossEncoder, ModelFamily
 from pipelines.schema import Hit
 
 if TYPE_CHECKING:
@@ -20,15 +20,26 @@ _PAIRS_AT_ONCE = 64  # between two looks at the clock
 
 
 def load_reranker(config: RerankConfig, device: str = "cpu") -> CrossEncoder:
-    """Fetch and load the cross-encoder or PAQ reranker of `config`. Raises CheckpointError."""
+    """Fetch and load the cross-encoder or PAQ reranker of `config`. Raises CheckpointError, ConfigError."""
     from pipelines.encode import settle_compute
-    from pipelines.models import find_model
+
+    family, directory, options = _find(config)
+    model: CrossEncoder = family.load(directory, settle_compute(config.compute, device), device, **options)
+    return model
+
+
+def check_reranker(config: RerankConfig) -> None:
+    """Raise what `load_reranker` would raise before it comes to the weights."""
+    _find(config)
+
+
+def _find(config: RerankConfig) -> tuple[ModelFamily, str, dict[str, Any]]:
+    from pipelines.models import find_model, tokeniser_options
     from pipelines.models.fetch import fetch
 
     directory = fetch(config.checkpoint)
-    compute = settle_compute(config.compute, device)
-    model: CrossEncoder = find_model(directory, "cross-encoder").load(directory, compute, device)
-    return model
+    family = find_model(directory, "cross-encoder")
+    return family, directory, tokeniser_options(family, directory, config.tokeniser, "rerank.tokeniser")
 
 
 def rerank(model: CrossEncoder, query: str, hits: Sequence[Hit], depth: int | None = None) -> list[Hit]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.answer import StoredAnswers, answer, answers, load_reader
+from pipelines.answer import StoredAnswers, answer, answers, check_reader, load_reader
 from pipelines.errors import CheckpointError, ConfigError
 from pipelines.models.base import Answer
 from pipelines.models.fid import FidReader
@@ -98,3 +98,23 @@ def test_what_is_no_reader_is_refused(tmp_path: Path, fid_checkpoint: tuple[str,
     (tmp_path / "notes.txt").write_text("no model")
     with pytest.raises(CheckpointError, match="file"):
         load_reader(str(tmp_path / "notes.txt"))
+
+
+def test_auto_is_settled_before_the_reader_sees_it(tmp_path: Path, fid_checkpoint: tuple[str, str]) -> None:
+    checkpoint, t5 = fid_checkpoint
+    auto, plain = load_reader(checkpoint, "auto", tokeniser=t5), load_reader(checkpoint, "fp32", tokeniser=t5)
+    assert [a.passage for a in answer(auto, "who?", TEXTS, 2)] == [a.passage for a in answer(plain, "who?", TEXTS, 2)]
+    reader = write_dpr(str(tmp_path / "dpr"), "reader")
+    assert len(answer(load_reader(reader, "auto"), "who?", TEXTS, 2)) > 0
+
+
+def test_a_reader_is_looked_at_before_it_is_loaded(tmp_path: Path, fid_checkpoint: tuple[str, str]) -> None:
+    checkpoint, t5 = fid_checkpoint
+    check_reader(checkpoint, t5)
+    check_reader("stored")
+    with pytest.raises(CheckpointError, match="without a tokeniser"):
+        check_reader(checkpoint)
+    with pytest.raises(ConfigError, match="stored answers"):
+        check_reader("stored", t5)
+    with pytest.raises(CheckpointError, match="not a reader"):
+        check_reader(write_cross_encoder(str(tmp_path / "ce")))

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from cluster import files
+from pipelines.config import RerankConfig
 from pipelines.models import find_model
 from pipelines.retrieved import RetrievedPassage
 from pipelines.schema import Passage
@@ -133,7 +134,14 @@ def test_hits_are_not_kept_for_the_scores(tmp_path: Path) -> None:
     source, counted = tmp_path / "many.jsonl", LivePassages()
     source.write_text((json.dumps(RETRIEVED[0]) + "\n") * 160)
     model = write_paq_reranker(str(tmp_path / "reranker"))
-    result = files.rerank(str(source), model, str(tmp_path / "r.jsonl"), "paq", 3, "cpu", cast(Any, counted))
+    result = files.rerank(
+        str(source),
+        RerankConfig(checkpoint=model, depth=3),
+        str(tmp_path / "r.jsonl"),
+        "paq",
+        "cpu",
+        cast(Any, counted),
+    )
     assert result["num_questions"] == 160
     assert 0 < counted.most < 160
 

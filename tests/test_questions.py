@@ -202,7 +202,7 @@ def test_dummy_and_lookup_rankers(tmp_path: Path) -> None:
     url = str(tmp_path / "PASSAGE_SCORES")
     Path(url).write_text("1\t-0.25\n3\t-1e-3\n")
     found = [line["metadata"]["ps_score"] for line in rank(PASSAGES, LookupRanker.read(url), batch_size=2)]
-    assert found == [-0.25, -10000.0, -0.001]
+    assert found == [-0.25, -1000.0, -0.001]
     assert LookupRanker.read(url, default=-5.0).score_ids(["9"]) == [-5.0]
 
 

@@ -7,14 +7,25 @@ this package is cheap; torch and transformers are imported when weights or a tok
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
+from pipelines.errors import ConfigError
 from pipelines.models.base import EncoderFamily, EncoderInfo, Kind, ModelFamily, ModelInfo
 from pipelines.models.files import checkpoint_digest, read_json, refuse
 
-__all__ = ["FAMILIES", "Family", "checkpoint_digest", "describe", "find_family", "find_model", "kind_of"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "checkpoint_digest",
+    "describe",
+    "find_family",
+    "find_model",
+    "kind_of",
+    "tokeniser_options",
+]
 
 
 @dataclass(frozen=True)
@@ -152,6 +163,25 @@ def find_model(directory: str, kind: Kind) -> ModelFamily:
     return family
 
 
+def tokeniser_options(family: ModelFamily, directory: str, tokeniser: str | None, key: str) -> dict[str, Any]:
+    """Return the options of `family.load` for a `tokeniser` (directory, URL or hub name) given as config key `key`.
+
+    Raises CheckpointError when the checkpoint lacks a tokeniser and none is given, ConfigError for one where the family
+    takes none.
+    """
+    takes_one = "tokeniser" in inspect.signature(family.load).parameters
+    if tokeniser is None:
+        if takes_one and not family.info(directory).details["has_tokeniser"]:
+            hint = f"set {key} (--tokeniser) to the directory of the model it was trained from"
+            refuse("this checkpoint comes without a tokeniser", directory, expected="a tokeniser", hint=hint)
+        return {}
+    if not takes_one:
+        raise ConfigError(f"{key}: this model has its own tokeniser", where=directory, expected="no such key")
+    from pipelines.models.fetch import fetch
+
+    return {"tokeniser": fetch(tokeniser)}
+
+
 def describe(directory: str) -> EncoderInfo | ModelInfo:
     """Return what the checkpoint is, from its configs and tensor names. Raises CheckpointError as find_family does."""
     found = kind_of(directory) if os.path.exists(directory) else None
@@ -206,12 +236,19 @@ def _refuse_unknown(directory: str, kind: Kind) -> NoReturn:
     model = str(config.get("model_type", "unknown"))
     architectures = [str(name) for name in config.get("architectures") or []]
     what = f"a {model} model ({', '.join(architectures) or 'no architecture named'}) is not supported"
-    hint = (
-        "a seq2seq checkpoint is read as a BART question generator or a FiD reader"
-        if model in ("t5", "mt5")
-        else (
-            "the nearest layout is sentence-transformers: beside this transformer it needs modules.json and "
-            "1_Pooling/config.json, because the pooling is part of the encoder"
-        )
-    )
+    if model in ("t5", "mt5"):
+        hint = "a seq2seq checkpoint is read as a BART question generator or a FiD reader"
+    else:
+        hint = _as_sentence_transformer(config.get("hidden_size", "its hidden size"))
     refuse(what, directory, expected=expected, hint=hint)
+
+
+def _as_sentence_transformer(width: int | str) -> str:
+    """Say how a plain transformer becomes an encoder: the pooling is part of it, and no file of its own says which."""
+    prefix = '"type": "sentence_transformers.models.'
+    modules = f'[{{"path": "", {prefix}Transformer"}}, {{"path": "1_Pooling", {prefix}Pooling"}}]'
+    pooling = f'{{"word_embedding_dimension": {width}, "pooling_mode_mean_tokens": true}}'
+    return (
+        "the nearest layout is sentence-transformers; if this model's vectors are its mean-pooled tokens, add "
+        f"modules.json: {modules} and 1_Pooling/config.json: {pooling}"
+    )

@@ -34,6 +34,7 @@ _HEADS = ("_classification_layer", "classifier.out_proj", "classifier", "score")
 _WORDPIECE = ("bert", "electra", "distilbert", "BERT_Cat")  # backbones whose vocab.txt is BERT's WordPiece
 # What early fine-tuning scripts left in config.json: the class of the model they had started from.
 _STARTING_POINTS = ("ForMaskedLM", "ForPreTraining", "ForNextSentencePrediction", "BertModel")
+_HEAD_OF = {"bert": "classifier.weight", "electra": "classifier.out_proj.weight"}
 # TinyBERT's projections to its teacher's width: used in distillation only.
 _TRAINING_ONLY = re.compile(r"^(bert\.)?fit_denses?\.")
 
@@ -47,7 +48,7 @@ def recognises(directory: str) -> bool:
     if config.get("model_type") == "BERT_Cat" or any(name.endswith("ForSequenceClassification") for name in names):
         return True
     started = all(name.endswith(_STARTING_POINTS) for name in names)
-    return bool(config) and config.get("model_type", "bert") == "bert" and started and _is_bert_classifier(directory)
+    return bool(config) and started and _classifies(directory, config.get("model_type", "bert"))
 
 
 def architectures(config: dict[str, Any]) -> list[str]:
@@ -56,13 +57,16 @@ def architectures(config: dict[str, Any]) -> list[str]:
     return [str(name) for name in names] if isinstance(names, list) else []
 
 
-def _is_bert_classifier(directory: str) -> bool:
+def _classifies(directory: str, model: str) -> bool:
+    """Tell whether the weights are this model's with a head of one or two labels: BERT's own, or Capreolus' ELECTRA."""
+    if model not in _HEAD_OF:
+        return False
     try:
         shapes = tensor_shapes(directory)
     except CheckpointError:
         return False
-    head = shapes.get("classifier.weight", ())
-    return "bert.embeddings.word_embeddings.weight" in shapes and len(head) == 2 and head[0] in (1, 2)
+    head = shapes.get(_HEAD_OF[model], ())
+    return f"{model}.embeddings.word_embeddings.weight" in shapes and len(head) == 2 and head[0] in (1, 2)
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,9 @@ class _Layout:
 
 def _layout(directory: str) -> _Layout:
     """Return what the tensors say. Raises CheckpointError for no head, or one of more than two labels."""
-    _require_files(directory)
     config = read_json(directory, "config.json", required=True)
+    if _has_tokeniser(directory) or config.get("model_type") != "BERT_Cat":
+        require_files(directory)
     shapes = tensor_shapes(directory)
     head = next((name for name in _HEADS if f"{name}.weight" in shapes), None)
     if head is None:
@@ -100,12 +105,9 @@ def _layout(directory: str) -> _Layout:
     return _Layout(backbone, labels, head, "", position_limit(config))
 
 
-def _require_files(directory: str) -> None:
-    is_cat = read_json(directory, "config.json").get("model_type") == "BERT_Cat"
-    if is_cat and not any(os.path.isfile(os.path.join(directory, name)) for name in TOKENISER_FILES):
-        hint = "copy tokenizer.json or vocab.txt of distilbert-base-uncased into it: the release comes without"
-        refuse("the checkpoint has no tokeniser", directory, expected=f"one of {', '.join(TOKENISER_FILES)}", hint=hint)
-    require_files(directory)
+def _has_tokeniser(directory: str) -> bool:
+    """Tell whether a tokeniser lies there; Hofstaetter's BERT_Cat was released without one."""
+    return any(os.path.isfile(os.path.join(directory, name)) for name in TOKENISER_FILES)
 
 
 def _check_bert_cat(directory: str, head: str, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -135,6 +137,7 @@ def info(directory: str) -> ModelInfo:
             "backbone": layout.backbone,
             "labels": layout.labels,
             "head": f"{layout.head} on the first hidden state" if layout.prefix else "the backbone's own",
+            "has_tokeniser": _has_tokeniser(directory),
         },
     )
 
@@ -167,13 +170,16 @@ def load(
     *,
     max_length: int | None = None,
     batch_size: int = _BATCH,
+    tokeniser: str | None = None,
 ) -> CrossEncoder:
     """Load the model and its tokeniser. max_length: tokens of the pair, special tokens included.
 
-    Raises CheckpointError when the directory is incomplete or of another kind.
+    tokeniser: directory of a tokeniser in place of the checkpoint's, for a BERT_Cat, which comes without one. Raises
+    CheckpointError when the directory is incomplete or of another kind.
     """
     described = info(directory)
-    return PairScorer(_classifier(directory, described.max_length, dtype, device, max_length, batch_size))
+    own = tokeniser or directory
+    return PairScorer(_classifier(directory, described.max_length, dtype, device, max_length, batch_size, own))
 
 
 def load_passage_ranker(
@@ -184,24 +190,37 @@ def load_passage_ranker(
     if described.details["labels"] != 2:
         refuse("a passage ranker with one label is not supported", directory, expected="2 labels")
     length = min(described.max_length, _RANKER_LENGTH)
-    return PassageScorer(_classifier(directory, length, dtype, device, None, batch_size))
+    return PassageScorer(_classifier(directory, length, dtype, device, None, batch_size, directory))
 
 
 def _classifier(
-    directory: str, default: int, dtype: str, device: str, max_length: int | None, batch_size: int
+    directory: str, default: int, dtype: str, device: str, max_length: int | None, batch_size: int, tokeniser: str
 ) -> TextClassifier:
     layout = _layout(directory)
     length = tokens.checked_length(max_length, default, layout.positions)
     forward, segments = (
         _own_head(directory, layout, dtype, device) if layout.prefix else _standard(directory, layout, dtype, device)
     )
-    backend = _backend(directory)
+    backend = _backend(tokeniser)
+    _check_vocabulary(directory, backend)
     encoder = tokens.TextEncoder(backend, tokens.pad_id(directory, backend), length, with_types=segments > 1)
     return TextClassifier(forward, encoder, batch_size, device)
 
 
+def _check_vocabulary(directory: str, backend: Any) -> None:
+    """Refuse a tokeniser that gives ids which the model has no embedding for."""
+    tables = [shape for name, shape in tensor_shapes(directory).items() if name.endswith("word_embeddings.weight")]
+    pieces = backend.get_vocab_size()
+    if tables and pieces > tables[0][0]:
+        what = f"the tokeniser has {pieces:,} pieces, the model {tables[0][0]:,} embeddings"
+        refuse(what, directory, expected="the tokeniser that the model was trained with")
+
+
 def _backend(directory: str) -> Any:
     """Return the tokeniser, also of the old directories whose tokenizer_config.json or config.json names no class."""
+    if not _has_tokeniser(directory):
+        hint = "set rerank.tokeniser (--tokeniser) to a directory with distilbert-base-uncased's vocab.txt"
+        refuse("the checkpoint has no tokeniser", directory, expected=f"one of {', '.join(TOKENISER_FILES)}", hint=hint)
     named = read_json(directory, "tokenizer_config.json").get("tokenizer_class")
     model = read_json(directory, "config.json").get("model_type", "bert")
     return tokens.load_backend(directory, "BertTokenizer" if not named and model in _WORDPIECE else "AutoTokenizer")

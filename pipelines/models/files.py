@@ -39,7 +39,7 @@ _IGNORED_FILES = (
     "scheduler.pt",
     "flax_model.msgpack",
 )
-TOKENISER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "spm.model")
+TOKENISER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 _NAMES_LIMIT = 8_000_000  # bytes; the names of a BERT's tensors take under 1 MB, optimizer state included
 _SAFETENSORS_HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors format itself
 
@@ -59,8 +59,15 @@ def relevant_names(names: list[str]) -> list[str]:
     folders: dict[str, set[str]] = {}
     for name in kept:
         folders.setdefault(os.path.dirname(name), set()).add(os.path.basename(name))
-    loaded = {os.path.join(folder, file) for folder, files in folders.items() for file in _loaded_weights(files)}
-    return [name for name in kept if name in loaded or not name.endswith(_WEIGHT_SUFFIXES)]
+    loaded = {(folder, file) for folder, files in folders.items() for file in _loaded_weights(files)}
+    return [name for name in kept if not name.endswith(_WEIGHT_SUFFIXES) or os.path.split(name) in loaded]
+
+
+def names_to_fetch(names: list[str]) -> list[str]:
+    """Return which files of a listing a local copy needs: the relevant ones; of a spaCy pipeline, all."""
+    if {"meta.json", "config.cfg"} <= set(names):
+        return sorted(name for name in names if not any(piece.startswith(".") for piece in name.split("/")))
+    return relevant_names(names)
 
 
 def _first_weights(files: Collection[str]) -> str:
@@ -150,7 +157,7 @@ def peek_json(directory: str, name: str) -> dict[str, Any]:
 
 
 def native_files(directory: str) -> list[str]:
-    """Return the paths of DPR's own `.cp` files, or [] where there are none or others are loaded. Never raises.    """
+    """Return the paths of DPR's own `.cp` files, or [] where there are none or others are loaded. Never raises."""
     try:
         names = relevant_names(os.listdir(directory))
     except OSError:

@@ -7,6 +7,7 @@ authors' model cards and the sentence-transformers 1.2 pages on pretrained model
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -34,9 +35,16 @@ def rows() -> Iterator[Released]:
 
 
 def find(checkpoint: str) -> Released | None:
-    """Return the released checkpoint that a path, URL or hub name ends in the name of, or None."""
-    last = checkpoint.rstrip("/").rsplit("/", 1)[-1].casefold()
-    return next((row for row in rows() if row.name.rsplit("/", 1)[-1].casefold() == last), None)
+    """Return the released checkpoint that a path, URL or hub name leads to by its name, or None.
+
+    The name is the last component, also as caches spell it: `models--org--NAME/snapshots/…` (Hugging Face),
+    `sentence-transformers_NAME`, `sbert.net_models_NAME` (sentence-transformers), `NAME.zip`.
+    """
+    path = checkpoint.rstrip("/").replace("\\", "/")
+    if "/snapshots/" in path:
+        path = path[: path.rindex("/snapshots/")]
+    last = re.split(r"--|_models_|sentence-transformers_", path.rsplit("/", 1)[-1])[-1].removesuffix(".zip")
+    return next((row for row in rows() if row.name.rsplit("/", 1)[-1].casefold() == last.casefold()), None)
 
 
 def settle(

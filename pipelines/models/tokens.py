@@ -182,7 +182,7 @@ def _convert(directory: str, kind: str) -> Any:
     backend = tokeniser.backend_tokenizer
     is_albert = read_json(directory, "config.json").get("model_type") == "albert"
     # An ALBERT may also come with BERT's vocabulary.
-    return _demote_digit_commas(backend) if is_albert and type(backend.model).__name__ == "Unigram" else backend
+    return _as_albert(backend) if is_albert and type(backend.model).__name__ == "Unigram" else backend
 
 
 def is_cased(pieces: Iterable[str]) -> bool:
@@ -191,14 +191,17 @@ def is_cased(pieces: Iterable[str]) -> bool:
     return sum(piece != piece.lower() for piece in words) > _CASED_SHARE * len(words)
 
 
-def _demote_digit_commas(backend: Any) -> Any:
-    """Return an ALBERT backend whose pieces "digit + comma" score 100 less, so that `9,787` splits at the comma.
+def _as_albert(backend: Any) -> Any:
+    """Return an ALBERT backend built from spiece.model as ALBERT's own tokeniser works.
 
-    transformers 5 leaves this rule out when it builds from spiece.model; ALBERT's own tokeniser has it.
+    Pieces "digit + comma" score 100 less, so that `9,787` splits at the comma. The user-defined pieces of the model
+    (ALBERT's has brackets, quotes, dots, dashes) are pieces as any other: transformers 5 makes added tokens of them,
+    which cut the text before the model sees it, and puts a word boundary behind each.
     """
     from tokenizers import Tokenizer
 
     content = json.loads(backend.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["special"]]
     for entry in content["model"]["vocab"]:
         piece = entry[0]
         if len(piece) > 1 and piece[-1] == "," and piece[-2].isdigit():

@@ -43,17 +43,20 @@ def mark_all(lines: Iterable[Line]) -> Iterator[Line]:
         yield _with_metadata(line, True, None)
 
 
-def global_evidence(search: Callable[[list[str], int], list[list[Hit]]], k: int = GLOBAL_DEPTH) -> Evidence:
+def global_evidence(
+    search: Callable[[list[str], int], list[list[Hit]]], k: int = GLOBAL_DEPTH, *, normalise: bool = True
+) -> Evidence:
     """Return evidence from a search over all passages, `pipelines.retrieve.Retriever.search` or the like.
 
-    search(queries, k) gives up to k hits a query. It gets each question lower-cased and without outer question marks,
-    as PAQ's retrievers want it.
+    search(queries, k) gives up to k hits a query. normalise: give it each question lower-cased and without outer
+    question marks, as PAQ does; not where the search's own encoder does so, because twice is not the same as once.
     """
     if k < 1:
         raise ConfigError(f"k is {k}: global evidence needs passages", expected="1 or more")
 
     def find(lines: list[Line]) -> list[list[Passage]]:
-        hits = search([normalise_question(line["question"]) for line in lines], k)
+        questions = [line["question"] for line in lines]
+        hits = search([normalise_question(q) for q in questions] if normalise else questions, k)
         return [[hit.passage for hit in own] for own in hits]
 
     return find

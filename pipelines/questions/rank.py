@@ -12,7 +12,7 @@ from pipelines.errors import InputError
 from pipelines.models.base import PassageRanker
 from pipelines.questions import Line, Texts, batches, check_passage, checked
 
-_LOOKUP_DEFAULT = -10000.0  # the reference's
+_LOOKUP_DEFAULT = -1000.0  # as in PAQ's shipped configs; its class alone says -10000
 _BATCH = 64
 
 

@@ -104,8 +104,11 @@ def _bert_backend(vocabulary: list[str], *, lower: bool) -> Any:
     return backend
 
 
-def write_spiece(directory: str) -> int:
-    """Write a spiece.model as transformers 4.1 saved it (no tokenizer.json). Returns the size of the vocabulary."""
+def write_spiece(directory: str, user_defined: str = "") -> int:
+    """Write a spiece.model as transformers 4.1 saved it (no tokenizer.json). Returns the size of the vocabulary.
+
+    user_defined: characters that are user-defined pieces, as ALBERT's brackets, quotes, dots and dashes are.
+    """
     from sentencepiece import sentencepiece_model_pb2 as pb
 
     kinds = pb.ModelProto.SentencePiece
@@ -118,6 +121,9 @@ def write_spiece(directory: str) -> int:
     characters = string.ascii_lowercase + string.digits + "".join(_PUNCTUATION)
     scored = {"▁": -3.0} | {character: -6.0 for character in characters if character not in "[]"}
     scored |= {f"▁{word}": -4.0 for word in WORDS} | {"9,": -2.0, "▁9,": -2.0, "78": -3.0}
+    for character in user_defined:
+        scored.pop(character, None)
+        proto.pieces.add(piece=character, score=0.0, type=kinds.USER_DEFINED)
     for piece, score in scored.items():
         proto.pieces.add(piece=piece, score=score, type=kinds.NORMAL)
     proto.trainer_spec.model_type = pb.TrainerSpec.UNIGRAM

@@ -548,3 +548,35 @@ def test_the_digest_covers_weights_and_merges(tmp_path: Path) -> None:
     file = tmp_path / "0_CLIPModel/bpe_simple_vocab_16e6.txt.gz"
     file.write_bytes(gzip.compress(gzip.decompress(file.read_bytes()).replace(b"l i", b"l j")))
     assert len(digests | {checkpoint_digest(directory)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("model_name", "CLIPModel.pth"),
+        ("model_name", "pytorch_model.bin"),  # model.safetensors is beside it
+        ("tokenizer_name", "merges.txt.gz"),
+    ],
+)
+def test_files_that_the_digest_leaves_out_are_refused(tmp_path: Path, key: str, name: str) -> None:
+    directory = write_openai_clip(str(tmp_path))
+    folder = tmp_path / "0_CLIPModel"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / config[key]).rename(folder / name)
+    (folder / "config.json").write_text(json.dumps(config | {key: name}))
+    (folder / "model.safetensors").write_text("x")
+    with pytest.raises(CheckpointError, match=f"digest leaves out {re.escape(name)}") as caught:
+        describe(directory)
+    assert config[key] in caught.value.expected
+
+
+def test_weights_beside_openais_do_not_hide_them(tmp_path: Path) -> None:
+    """A model.safetensors in the folder is not what this layout loads."""
+    from pipelines.models import checkpoint_digest
+
+    digests = set()
+    for seed in range(2):
+        directory = write_openai_clip(str(tmp_path), seed=seed)
+        (tmp_path / "0_CLIPModel/model.safetensors").write_text("x")
+        digests.add(checkpoint_digest(directory))
+    assert len(digests) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipelines.config import RerankConfig
 from pipelines.errors import CheckpointError, ConfigError
-from pipelines.models import cross_encoder, describe, find_model
+from pipelines.models import cross_encoder, describe, find_model, kind_of
 from pipelines.models.tokens import shorten
+from pipelines.rerank import check_reranker, load_reranker
 from pipelines.schema import Passage
 from tests.checkpoints import (
     write_cross_encoder,
@@ -24,6 +27,7 @@ from tests.checkpoints.rerankers import (
     write_capreolus,
     write_classifier,
     write_google_bert,
+    write_paq_reranker,
 )
 from tests.parity.towers import TEXTS, TITLES, close
 
@@ -318,3 +322,34 @@ def test_passage_ranker(tmp_path: Path, parity: Parity) -> None:
 def test_passage_ranker_of_one_label_is_refused(electra: str) -> None:
     with pytest.raises(CheckpointError, match="one label"):
         cross_encoder.load_passage_ranker(electra)
+
+
+def test_bert_cat_takes_the_tokeniser_it_was_released_without(tmp_path: Path) -> None:
+    """Through the config, as a user does; the same scores as with the tokeniser beside the weights."""
+    whole = write_bert_cat(str(tmp_path / "whole"))
+    bare = shutil.copytree(whole, tmp_path / "bare")
+    for name in ("vocab.txt", "tokenizer_config.json"):
+        (bare / name).unlink(missing_ok=True)
+    config = RerankConfig(checkpoint=str(bare), tokeniser=whole)
+    check_reranker(config)
+    assert close(load_reranker(config).score(QUERIES, PASSAGES), cross_encoder.load(whole).score(QUERIES, PASSAGES))
+    with pytest.raises(CheckpointError, match="without a tokeniser") as caught:
+        check_reranker(RerankConfig(checkpoint=str(bare)))
+    assert "rerank.tokeniser" in caught.value.hint
+    small = write_bert_cat(str(tmp_path / "small"), tokeniser=False)
+    with pytest.raises(CheckpointError, match="pieces, the model"):
+        load_reranker(RerankConfig(checkpoint=small, tokeniser=whole))
+    with pytest.raises(ConfigError, match="its own tokeniser"):
+        check_reranker(RerankConfig(checkpoint=write_paq_reranker(str(tmp_path / "paq")), tokeniser=whole))
+
+
+@pytest.mark.parametrize("architectures", [None, ["ElectraForPreTraining"]])
+def test_capreolus_is_known_by_its_tensors(tmp_path: Path, architectures: Any) -> None:
+    """Its config may still name the model that training started from."""
+    directory = write_capreolus(str(tmp_path))
+    expected = cross_encoder.load(directory).score(QUERIES, PASSAGES)
+    path = tmp_path / "config.json"
+    config = {k: v for k, v in json.loads(path.read_text()).items() if k != "architectures"}
+    path.write_text(json.dumps(config | ({"architectures": architectures} if architectures else {})))
+    assert kind_of(directory) == ("cross_encoder", "cross-encoder")
+    assert close(cross_encoder.load(directory).score(QUERIES, PASSAGES), expected)

@@ -138,7 +138,7 @@ def test_nothing_is_random_behind_a_bare_head(
 
 def test_bert_cat_without_a_tokeniser_says_where_to_get_it(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no tokeniser") as caught:
-        cross_encoder.info(write_bert_cat(str(tmp_path), tokeniser=False))
+        cross_encoder.load(write_bert_cat(str(tmp_path), tokeniser=False))
     assert "distilbert-base-uncased" in caught.value.hint
 
 

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 
 from pipelines.errors import CheckpointError
-from pipelines.models import checkpoint_digest
+from pipelines.models import checkpoint_digest, kind_of
 from pipelines.models import fetch as fetching
 from pipelines.models.fetch import MINILM, fetch
-from tests.checkpoints import write_sentence_transformer
+from pipelines.models.files import weight_files
+from tests.checkpoints import write_dpr, write_sentence_transformer
+from tests.checkpoints.fid import write_paq_passages
+from tests.checkpoints.zoo import write_spacy
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +50,17 @@ def test_a_url_is_downloaded_once_and_whole(tmp_path: Path, cache: Path) -> None
     before = os.stat(directory).st_mtime_ns
     assert fetch("memory://bucket/once/tiny") == directory
     assert os.stat(directory).st_mtime_ns == before
+
+
+def test_a_url_gives_the_weights_that_are_loaded(tmp_path: Path) -> None:
+    """An adapter in a newer format neither hides pytorch_model.bin nor is downloaded."""
+    source = write_dpr(str(tmp_path / "source"), "query")
+    (tmp_path / "source" / "adapter_model.safetensors").write_text("x")
+    _serve(source, "memory://bucket/adapted/tiny")
+    directory = fetch("memory://bucket/adapted/tiny")
+    assert [os.path.basename(path) for path in weight_files(directory)] == ["pytorch_model.bin"]
+    assert not os.path.exists(os.path.join(directory, "adapter_model.safetensors"))
+    assert checkpoint_digest(directory) == checkpoint_digest(source)
 
 
 def test_a_changed_url_gets_a_new_directory(tmp_path: Path) -> None:
@@ -160,3 +174,45 @@ def test_s3(tmp_path: Path) -> None:
         assert checkpoint_digest(directory) == checkpoint_digest(source)
         with pytest.raises(CheckpointError, match="no model files"):
             fetch(f"{root}/tin")
+
+
+def _to_memory(directory: str, url: str) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.put(directory, url.removeprefix("memory:/"), recursive=True)
+
+
+def test_what_a_checkpoint_is_known_by_comes_along(tmp_path: Path) -> None:
+    """PAQ's passage retriever lies beside an index of gigabytes: its name comes, its content does not."""
+    directory = write_paq_passages(str(tmp_path / "model"))
+    _to_memory(directory, "memory://bucket/retriever")
+    local = fetch("memory://bucket/retriever")
+    assert kind_of(local) == ("paq_passages", "encoder")
+    assert checkpoint_digest(local) == checkpoint_digest(directory)
+    (mark,) = Path(local).glob("dpr_index*.index.dpr")
+    assert mark.stat().st_size == 0
+
+
+def test_a_spacy_pipeline_comes_whole(tmp_path: Path) -> None:
+    directory = write_spacy(str(tmp_path / "ner"))
+    _to_memory(directory, "memory://bucket/ner")
+    local = fetch("memory://bucket/ner")
+    assert kind_of(local) == ("spacy_ner", "answer-extractor")
+    names = {p.relative_to(directory).as_posix() for p in Path(directory).rglob("*") if p.is_file()}
+    assert {p.relative_to(local).as_posix() for p in Path(local).rglob("*") if p.is_file()} == names
+
+
+@pytest.mark.parametrize(
+    ("name", "hub"),
+    [
+        ("msmarco-distilbert-base-tas-b", "sentence-transformers/msmarco-distilbert-base-tas-b"),
+        ("cross-en-de-roberta-sentence-transformer", "T-Systems-onsite/cross-en-de-roberta-sentence-transformer"),
+        ("ms-marco-MiniLM-L-6-v2", "cross-encoder/ms-marco-MiniLM-L-6-v2"),
+        ("t5-base", "google-t5/t5-base"),
+        ("retriever_multi_base", "retriever_multi_base"),  # not on the hub
+        ("org/own", "org/own"),
+    ],
+)
+def test_a_bare_name_finds_its_organisation(name: str, hub: str) -> None:
+    assert fetching._hub_name(name) == hub

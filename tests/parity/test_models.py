@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 from pipelines.errors import CheckpointError
 from pipelines.models import FAMILIES, checkpoint_digest, describe, find_family, find_model, kind_of, paq
 from pipelines.models import sentence_transformers as sentence
-from pipelines.models.files import relevant_names
+from pipelines.models.files import native_files, relevant_names, weight_files
 from tests.checkpoints import write_cross_encoder, write_dpr, write_paq, write_sentence_transformer
 
 
@@ -75,13 +76,70 @@ def test_digest_sees_every_file_that_matters(tmp_path: Path, name: str) -> None:
 def test_digest_ignores_weights_that_are_not_loaded() -> None:
     names = ["pytorch_model.bin", "model.safetensors", "2_Dense/pytorch_model.bin", "config.json"]
     assert relevant_names(names) == ["2_Dense/pytorch_model.bin", "config.json", "model.safetensors"]
+    assert relevant_names(["pytorch_model.bin", "hf_bert_base.cp"]) == ["pytorch_model.bin"]
+    assert relevant_names(["modules.json", "hf_bert_base.cp"]) == ["modules.json"]
+
+
+def _write_weights(directory: Path, name: str, shard: str) -> None:
+    is_index = name.endswith(".index.json")
+    (directory / name).write_text(json.dumps({"weight_map": {"x": shard}}) if is_index else "x")
+
+
+_FORMS = {"model.safetensors": "model-1.safetensors", "pytorch_model.bin": "pytorch_model-1.bin"}
+_WEIGHTS = [name for whole, shard in _FORMS.items() for name in (whole, f"{whole}.index.json", shard)]
+_OTHERS = ["adapter_model.safetensors", "adapter_model.bin", "hf_bert_base.cp", "training_args.bin"]
+
+
+@pytest.mark.parametrize("present", range(1 << len(_WEIGHTS)))
+def test_digest_sees_what_is_loaded_whatever_lies_beside_it(tmp_path: Path, present: int) -> None:
+    """Every set of weight files, beside others: what is loaded counts; what is not does not, but for unknown shards."""
+    names = [name for index, name in enumerate(_WEIGHTS) if present >> index & 1] + _OTHERS
+    for name in names:
+        _write_weights(tmp_path, name, _FORMS.get(name.removesuffix(".index.json"), ""))
+    paths = [*weight_files(str(tmp_path)), *native_files(str(tmp_path))]
+    loaded = {os.path.basename(path) for path in paths} & set(names)  # a shard may be missing
+    counted = set(relevant_names(names))
+    assert loaded <= counted
+    if not any(name.endswith(".index.json") for name in counted):
+        assert loaded == counted
+
+
+@pytest.mark.parametrize("beside", ["adapter_model.safetensors", "open_clip.safetensors"])
+def test_other_weights_under_the_same_adapter_have_another_digest(tmp_path: Path, beside: str) -> None:
+    digests = set()
+    for seed in range(2):
+        directory = write_dpr(str(tmp_path), "query", seed=seed)
+        (tmp_path / beside).write_text("x")
+        digests.add(checkpoint_digest(directory))
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize("shard", ["model.dat", "pytorch_model.bin", ".hidden.safetensors", "training_args.bin"])
+def test_shards_that_the_digest_leaves_out_are_refused(tmp_path: Path, shard: str) -> None:
+    for name in ("model.safetensors.index.json", shard):
+        _write_weights(tmp_path, name, shard)
+    with pytest.raises(CheckpointError, match=f"digest leaves out {re.escape(shard)}") as caught:
+        weight_files(str(tmp_path))
+    assert "the format of model.safetensors" in caught.value.expected
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": {}}', '{"weight_map": ["x"]}'])
+def test_an_index_that_names_nothing_is_refused(tmp_path: Path, content: str) -> None:
+    """The format is chosen by names alone, so the older weights beside the index are not taken instead."""
+    directory = write_dpr(str(tmp_path), "query")
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json names no weight files"):
+        find_family(directory)
 
 
 def test_digest_sees_files_of_every_layout() -> None:
-    """DPR's .cp, CLIP's old weights and vocabulary; not the optimizer, nor what a newer format beside it replaces."""
+    """DPR's .cp, CLIP's old weights and vocabulary; not the optimizer, nor a .cp that a newer format replaces."""
     names = ["hf_bert_base.cp", "vocab.txt", "0_CLIPModel/CLIPModel.pt", "0_CLIPModel/bpe_simple_vocab_16e6.txt.gz"]
     assert relevant_names([*names, "optimizer.pt", "scheduler.pt", "x.txt.gz", "notes.md"]) == sorted(names)
-    assert relevant_names(["model.safetensors", "hf_bert_base.cp", "CLIPModel.pt"]) == ["model.safetensors"]
+    assert relevant_names(["model.safetensors", "hf_bert_base.cp", "CLIPModel.pt"]) == [
+        "CLIPModel.pt",
+        "model.safetensors",
+    ]
 
 
 def test_digest_of_nothing_is_refused(tmp_path: Path) -> None:
@@ -99,9 +157,9 @@ def test_digest_of_nothing_is_refused(tmp_path: Path) -> None:
     [
         (
             {"model_type": "bert", "architectures": ["BertModel"]},
-            r"a bert model \(BertModel\)(.|\n)*needs modules\.json",
+            r"a bert model \(BertModel\)(.|\n)*add modules\.json",
         ),
-        ({"model_type": "gpt2"}, r"a gpt2 model \(no architecture named\)(.|\n)*needs modules\.json"),
+        ({"model_type": "gpt2"}, r"a gpt2 model \(no architecture named\)(.|\n)*add modules\.json"),
         (
             {"model_type": "albert", "architectures": ["AlbertForSequenceClassification"]},
             r"not an encoder(.|\n)*rerank",

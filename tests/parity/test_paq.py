@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pipelines.errors import CheckpointError, ConfigError
 from pipelines.models import describe, find_family, paq
 from pipelines.models.tokens import load_backend
-from tests.checkpoints import linear_state, save_weights, write_paq
+from tests.checkpoints import linear_state, save_weights, write_paq, write_spiece
 from tests.parity.towers import QUESTIONS, TITLES, close, embed, rows
 
 
@@ -208,3 +208,28 @@ def test_wrong_width_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
     with pytest.raises(CheckpointError, match="do not fit"):
         paq.load_tower(directory, "passage", "fp32", "cpu")
+
+
+PROBES = [
+    "u.s.a. war",
+    "a built-in book",
+    "who (the king) wrote it",
+    "3.5 books",
+    'the "great" city',
+    "in 1901–1902",
+    "£5 or €6",
+]
+
+
+@pytest.mark.parametrize("text", PROBES)
+def test_user_defined_pieces_are_no_word_boundaries(tmp_path: Path, parity: Any, text: str) -> None:
+    """ALBERT's sentencepiece model has ( ) " - . – £ € as user-defined pieces; the oracle is sentencepiece itself."""
+    import sentencepiece
+
+    write_spiece(str(tmp_path), user_defined='()"-.–£€')
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "albert", "pad_token_id": 0}))
+    backend = load_backend(str(tmp_path), "AlbertTokenizer")
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))
+    expected = processor.encode(text, out_type=str)
+    ours = backend.encode(text).tokens
+    parity("PAQ tokeniser", f"user-defined pieces: {text}", "sentencepiece", ours, ["[CLS]", *expected, "[SEP]"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from pipelines.errors import CheckpointError
 from pipelines.models import FAMILIES, describe, find_family, find_model, kind_of
 from pipelines.models.released import find, rows
+from tests.checkpoints import write_cross_encoder
 from tests.checkpoints.zoo import ZOO, write_all
 
 
@@ -71,8 +74,36 @@ def test_released_names_lead_to_families() -> None:
     tas_b = find("sentence-transformers/msmarco-distilbert-base-tas-b")
     assert tas_b is not None
     assert tas_b.similarity == "dot"
-    assert find("models/allenai-specter/") is not None
+    for spelled in (
+        "models/allenai-specter/",
+        "/c/models--sentence-transformers--allenai-specter/snapshots/0f3c",
+        "/c/sentence-transformers_allenai-specter",
+        "/c/sbert.net_models_allenai-specter",
+        "allenai-specter.zip",
+    ):
+        row = find(spelled)
+        assert row is not None, spelled
+        assert row.formatting == "title[SEP]text"
     assert find("somebody/else") is None
+
+
+def test_the_way_shown_to_an_encoder_of_a_plain_transformer_works(tmp_path: Path) -> None:
+    """The refusal of a directory without pooling says which two files to write; written, they load."""
+    directory = tmp_path / "plain"
+    write_cross_encoder(str(directory))
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"architectures": ["BertModel"]}))
+    state = {name: array for name, array in load_file(directory / "model.safetensors").items() if "classif" not in name}
+    save_file(state, directory / "model.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        find_family(str(directory))
+    modules, pooling = re.findall(r": ([\[{].*?[\]}])(?= and|$)", caught.value.hint)
+    (directory / "modules.json").write_text(modules)
+    (directory / "1_Pooling").mkdir()
+    (directory / "1_Pooling" / "config.json").write_text(pooling)
+    family = find_family(str(directory))
+    assert family.info(str(directory)).dim == config["hidden_size"]
+    assert family.load_tower(str(directory), "query", "fp32", "cpu").dim == config["hidden_size"]
 
 
 # Damage. Each way is tried on every layout it makes sense for; nothing loads, and the message says what and where.
