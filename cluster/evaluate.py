@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from cluster.pools import run_on_actors, run_tasks
@@ -113,7 +113,10 @@ def _read_batches(questions: list[Question], found: Found) -> Iterator[tuple[lis
 
 
 class _Stages:
-    """Hold the reranker and the reader, and run the hits of a few questions through them."""
+    """Hold the reranker and the reader, and run the hits of a few questions through them.
+
+    They are loaded at the first work: what a constructor raises reaches the driver as the death of an actor only.
+    """
 
     def __init__(
         self,
@@ -123,19 +126,28 @@ class _Stages:
         answering: AnswerConfig | None,
         device: str,
     ) -> None:
-        self.passages = Passages(root, manifest)
+        self.root, self.manifest, self.device = root, manifest, device
         self.reranking, self.answering = reranking, answering
-        self.reranker = load_reranker(reranking, device) if reranking else None
-        self.reader: Any = None
-        if answering:
-            self.reader = load_reader(answering.reader, answering.compute, device, tokeniser=answering.tokeniser)
+
+    @cached_property
+    def passages(self) -> Passages:
+        return Passages(self.root, self.manifest)
+
+    @cached_property
+    def reranker(self) -> Any:
+        return load_reranker(self.reranking, self.device) if self.reranking else None
+
+    @cached_property
+    def reader(self) -> Any:
+        chosen = self.answering
+        return load_reader(chosen.reader, chosen.compute, self.device, tokeniser=chosen.tokeniser) if chosen else None
 
     def work(self, item: tuple[list[str], Any, Any]) -> _Read:
         """Return what came of (queries, score_BK, row_BK)."""
         queries, scores, rows = item
-        clock = [time.perf_counter()]
         hits = self.passages.hits(scores, rows)
-        if self.reranking and self.reranker:
+        clock = [time.perf_counter()]
+        if self.reranking:
             hits = rerank_all(self.reranker, queries, hits, self.reranking.depth)
         clock.append(time.perf_counter())
         read = answers(self.reader, queries, hits, self.answering.depth) if self.answering else [[] for _ in queries]

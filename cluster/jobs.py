@@ -147,7 +147,8 @@ def _encoder(config: Config) -> EncoderSpec:
     spec = resolve(config.encoder, on_gpu=config.cluster.gpus_per_worker > 0)
     if config.corpus.format == "images":
         check_takes_images(spec)
-    _check_stages(config)
+    if config.evaluate.questions:
+        _check_stages(config)
     return spec
 
 

@@ -280,3 +280,15 @@ def test_the_whole_job_on_s3(job: Job, done: dict[str, Any]) -> None:
         local, remote = done["version"]["files"], result["version"]["files"]
         assert {n: f["sha256"] for n, f in local.items()} == {n: f["sha256"] for n, f in remote.items()}
         assert pinakes_json("search", ROWS[43]["text"], "--root", f"{url}/root")["hits"][0]["id"] == "p43"
+
+
+def test_a_damaged_reranker_is_named_by_its_own_error(job: Job, done: dict[str, Any]) -> None:
+    """It is read on a worker, and refused as it would be here."""
+    from safetensors.numpy import load_file, save_file
+
+    directory = Path(write_cross_encoder(str(job.folder / "damaged")))
+    state = load_file(directory / "model.safetensors")
+    del state["bert.pooler.dense.weight"]
+    save_file(state, directory / "model.safetensors")
+    said = pinakes("evaluate", job.config(), "--quiet", "--set", f"rerank.checkpoint={directory}", code=4)
+    assert "lack bert.pooler.dense.weight" in said
