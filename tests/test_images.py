@@ -261,7 +261,7 @@ def test_images_are_encoded_as_they_come_and_found_by_text(
     from pipelines.storage import Store
 
     manifest, store = ingest(tmp_path, sources=[folder], part_size=3)
-    reader, actor = _ImageReader(store, spec), _ImageEncoderActor(spec, "cpu", 1)
+    reader, actor = _ImageReader(store), _ImageEncoderActor(spec, "cpu", 1)
     vectors = Store(str(tmp_path)).child("embeddings", manifest["snapshot"], spec.fingerprint)
     entries = []
     for number, part in enumerate(manifest["parts"]):
