@@ -48,8 +48,8 @@ class EncoderConfig(Strict):
     formatting: Formatting | None = None
     """How title and text become one input, where the model was trained on another form than "title. text"."""
     max_length: int | None = Field(default=None, ge=2)
-    token_budget: int = Field(default=2048, ge=1)
-    """Padded tokens in a micro-batch."""
+    token_budget: int | None = Field(default=None, ge=1)
+    """Tokens in a micro-batch; without it, found by measurement when encoding starts."""
 
 
 class IndexConfig(Strict):

@@ -1,8 +1,4 @@
-"""Tokens -> micro-batches -> vectors: the engine that every encoder runs through.
-
-Micro-batches are cut from the length-sorted texts of one part under a budget of padded tokens, so a part's vectors
-depend on the part, the encoder and the budget, never on how many workers there are or in what order parts arrive.
-"""
+"""Text -> tokens -> vectors: an encoder's identity, and one side of it ready to run."""
 
 from __future__ import annotations
 
@@ -11,11 +7,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import numpy.typing as npt
 
 from pipelines.errors import CheckpointError, ConfigError
-from pipelines.models.tokens import micro_batches, pad
+from pipelines.models.engine import Engine, default_budget
 
 if TYPE_CHECKING:
     from pipelines.config import EncoderConfig
@@ -24,6 +19,8 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 
+_IMAGE_BUDGET = 2048  # patches at once: pictures are decoded while a batch waits
+
 
 @dataclass(frozen=True)
 class EncoderSpec:
@@ -31,7 +28,8 @@ class EncoderSpec:
 
     `fingerprint` covers the passage side only (it names the embedding folder); `query_fingerprint` covers the query
     side, and both are bound into a version. `title_format` is the config's `encoder.formatting`; what it makes of a
-    passage is part of `formatting`, and so of the fingerprint. `query_max_length` is None where it is `max_length`.
+    passage is part of `formatting`, and so of the fingerprint. `query_max_length` is None where it is `max_length`,
+    `token_budget` where it is to be found by measurement.
     """
 
     checkpoint: str
@@ -43,7 +41,7 @@ class EncoderSpec:
     max_length: int
     compute: str
     storage: str
-    token_budget: int
+    token_budget: int | None
     formatting: str
     digest: str
     query_digest: str
@@ -170,13 +168,18 @@ class Encoder:
         self.tower: Tower = find_family(directory).load_tower(
             directory, side, spec.compute, device, similarity=_similarity(spec)
         )
+        budget = spec.token_budget or default_budget(device)
+        packs = getattr(self.tower, "packs", False)
+        self.engine = Engine(self.tower, self.tokeniser.pad_id, self.tower.dim, device, budget, packs)
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens of the last call, with the padding that had to be computed."""
+        return self.engine.computed_tokens
 
     def encode_tokens(self, tokens: Tokens) -> Array:
         """Return emb_ND (N, D) float32 for N texts, in their order."""
-        emb_ND = np.zeros((len(tokens), self.tower.dim), np.float32)
-        for batch in micro_batches(tokens.lengths, self.spec.token_budget):
-            emb_ND[batch] = self._forward(tokens, batch)
-        return emb_ND
+        return self.engine.run(tokens)
 
     def encode_queries(self, texts: Sequence[str]) -> Array:
         """Return emb_BD (B, D) float32 for B query texts."""
@@ -185,15 +188,6 @@ class Encoder:
     def encode_passages(self, titles: Sequence[str], texts: Sequence[str]) -> Array:
         """Return emb_ND (N, D) float32 for N passages."""
         return self.encode_tokens(self.tokeniser.passages(list(titles), list(texts)))
-
-    def _forward(self, tokens: Tokens, batch: Array) -> Array:
-        import torch
-
-        ids_BL, mask_BL, types_BL = pad(tokens, batch, self.tokeniser.pad_id)
-        move = [None if a is None else torch.from_numpy(a).to(self.device) for a in (ids_BL, mask_BL, types_BL)]
-        with torch.inference_mode():
-            result: Array = self.tower(*move).float().cpu().numpy()
-        return result
 
 
 class ImageEncoder:
@@ -204,11 +198,12 @@ class ImageEncoder:
         self.spec = spec
         family = check_takes_images(spec)
         directory = local_checkpoint(spec, "passage")
+        self.budget = spec.token_budget or _IMAGE_BUDGET
         self.tower: ImageTower = family.load_image_tower(directory, spec.compute, device, similarity=_similarity(spec))
 
     def encode_images(self, images: Sequence[bytes]) -> Array:
         """Return emb_ND (N, D) float32 for N image files, in their order, under the token budget."""
-        return self.tower.encode_images(images, max(1, self.spec.token_budget // self.tower.num_tokens))
+        return self.tower.encode_images(images, max(1, self.budget // self.tower.num_tokens))
 
     def num_tokens(self, num_images: int) -> int:
         return num_images * self.tower.num_tokens

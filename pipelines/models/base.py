@@ -45,6 +45,20 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    def rows(self, start: int, stop: int) -> Tokens:
+        """Return the texts `start:stop`, which share their ids with these."""
+        offsets = self.offsets[start : stop + 1]
+        within = slice(offsets[0], offsets[-1])
+        type_ids = None if self.type_ids is None else self.type_ids[within]
+        return Tokens(self.ids[within], offsets - offsets[0], type_ids)
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Tokens:
+        """Return the texts `rows`, in that order."""
+        length_R, offsets = self.lengths[rows], np.zeros(len(rows) + 1, np.int64)
+        np.cumsum(length_R, out=offsets[1:])
+        source = np.arange(offsets[-1]) + np.repeat(self.offsets[rows] - offsets[:-1], length_R)
+        return Tokens(self.ids[source], offsets, None if self.type_ids is None else self.type_ids[source])
+
 
 @dataclass(frozen=True)
 class EncoderInfo:

@@ -34,6 +34,8 @@ class ClipTextTower(nn.Module):
         self, input_ids_BL: torch.Tensor, mask_BL: torch.Tensor, type_ids_BL: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Return emb_BD (fp32) for int64 ids and mask (1 = token, padding on the right); there are no types."""
+        device = self.projection.weight.device
+        input_ids_BL, mask_BL = input_ids_BL.to(device), mask_BL.to(device)
         hidden_BLH = self.backbone(input_ids=input_ids_BL, attention_mask=mask_BL).last_hidden_state
         end_B = (input_ids_BL == self.end_id).int().argmax(dim=1)  # a text may spell out the token: the first counts
         emb_BD = self.projection(hidden_BLH[torch.arange(len(end_B), device=end_B.device), end_B].float())

@@ -22,14 +22,14 @@ import numpy.typing as npt
 from pipelines.errors import CheckpointError
 from pipelines.models import tokens
 from pipelines.models.base import CrossEncoder, ModelInfo, PassageRanker
-from pipelines.models.classifier import Forward, TextClassifier
+from pipelines.models.classifier import TextClassifier
+from pipelines.models.engine import Forward
 from pipelines.models.files import TOKENISER_FILES, peek_json, read_json, refuse, require_files, tensor_shapes
 from pipelines.models.sentence_transformers import position_limit
 from pipelines.schema import Passage
 
 _MAX_LENGTH = 512
 _RANKER_LENGTH = 256  # tokens; PAQ cuts passages there, whatever the checkpoint says
-_BATCH = 32
 _HEADS = ("_classification_layer", "classifier.out_proj", "classifier", "score")
 _WORDPIECE = ("bert", "electra", "distilbert", "BERT_Cat")  # backbones whose vocab.txt is BERT's WordPiece
 # What early fine-tuning scripts left in config.json: the class of the model they had started from.
@@ -169,7 +169,7 @@ def load(
     device: str = "cpu",
     *,
     max_length: int | None = None,
-    batch_size: int = _BATCH,
+    token_budget: int | None = None,
     tokeniser: str | None = None,
 ) -> CrossEncoder:
     """Load the model and its tokeniser. max_length: tokens of the pair, special tokens included.
@@ -179,22 +179,28 @@ def load(
     """
     described = info(directory)
     own = tokeniser or directory
-    return PairScorer(_classifier(directory, described.max_length, dtype, device, max_length, batch_size, own))
+    return PairScorer(_classifier(directory, described.max_length, dtype, device, max_length, token_budget, own))
 
 
 def load_passage_ranker(
-    directory: str, dtype: str = "fp32", device: str = "cpu", *, batch_size: int = _BATCH
+    directory: str, dtype: str = "fp32", device: str = "cpu", *, token_budget: int | None = None
 ) -> PassageRanker:
     """Load PAQ's passage ranker. Raises CheckpointError when it is incomplete or has not 2 labels."""
     described = info(directory)
     if described.details["labels"] != 2:
         refuse("a passage ranker with one label is not supported", directory, expected="2 labels")
     length = min(described.max_length, _RANKER_LENGTH)
-    return PassageScorer(_classifier(directory, length, dtype, device, None, batch_size, directory))
+    return PassageScorer(_classifier(directory, length, dtype, device, None, token_budget, directory))
 
 
 def _classifier(
-    directory: str, default: int, dtype: str, device: str, max_length: int | None, batch_size: int, tokeniser: str
+    directory: str,
+    default: int,
+    dtype: str,
+    device: str,
+    max_length: int | None,
+    token_budget: int | None,
+    tokeniser: str,
 ) -> TextClassifier:
     layout = _layout(directory)
     length = tokens.checked_length(max_length, default, layout.positions)
@@ -204,7 +210,7 @@ def _classifier(
     backend = _backend(tokeniser)
     _check_vocabulary(directory, backend)
     encoder = tokens.TextEncoder(backend, tokens.pad_id(directory, backend), length, with_types=segments > 1)
-    return TextClassifier(forward, encoder, batch_size, device)
+    return TextClassifier(forward, encoder, layout.labels, device, token_budget)
 
 
 def _check_vocabulary(directory: str, backend: Any) -> None:
@@ -231,6 +237,7 @@ def _standard(directory: str, layout: _Layout, dtype: str, device: str) -> tuple
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as MAPPING
     from transformers import BertConfig
 
+    from pipelines.models.packed import pack
     from pipelines.models.weights import build_model, read_config, read_weights
 
     raw = read_json(directory, "config.json")
@@ -239,7 +246,7 @@ def _standard(directory: str, layout: _Layout, dtype: str, device: str) -> tuple
         refuse(f"a {config.model_type} cross-encoder is not supported", directory)
     config.num_labels = layout.labels  # the weights decide; an old config.json may say otherwise
     state = {name: tensor for name, tensor in read_weights(directory).items() if not _TRAINING_ONLY.match(name)}
-    model = build_model(MAPPING[type(config)], config, state, dtype, directory, needs_pooler=True).to(device)
+    model = pack(build_model(MAPPING[type(config)], config, state, dtype, directory, needs_pooler=True).to(device))
 
     def forward(ids_BL: Any, mask_BL: Any, types_BL: Any) -> Any:
         types = {} if types_BL is None else {"token_type_ids": types_BL}
@@ -265,7 +272,7 @@ def _own_head(directory: str, layout: _Layout, dtype: str, device: str) -> tuple
     config = read_config(directory) if is_electra else _distilbert_config(directory, inner)
     model_class = ElectraModel if is_electra else DistilBertModel
     backbone = build_model(model_class, config, inner, dtype, directory, needs_pooler=True)
-    tower = EncoderTower(backbone, layout.labels, ["cls"], [head]).eval().to(device)
+    tower = EncoderTower(backbone, layout.labels, ["cls"], [head]).on(device)
     return tower, int(getattr(config, "type_vocab_size", 0) or 0)
 
 

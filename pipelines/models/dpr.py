@@ -150,7 +150,7 @@ def load_tower(directory: str, side: Side, dtype: str, device: str, *, similarit
     bert = {name.removeprefix("bert_model."): own.pop(name) for name in list(own) if name.startswith("bert_model.")}
     if config.projection_dim > 0 and "encode_proj.weight" not in own:
         refuse("the weights lack encode_proj.weight", directory, expected=f"projection_dim {config.projection_dim}")
-    return build_tower(BertConfig(**config.to_dict()), bert, own, dtype, directory, side).to(device)
+    return build_tower(BertConfig(**config.to_dict()), bert, own, dtype, directory, side).on(device)
 
 
 def build_tower(
@@ -170,4 +170,4 @@ def build_tower(
     backbone = build_model(BertModel, config, bert, dtype, where)
     layers = [load_linear(projection["encode_proj.weight"], projection["encode_proj.bias"])] if projection else []
     dim = layers[0].out_features if layers else config.hidden_size
-    return EncoderTower(backbone, dim, ["cls"], layers).eval()
+    return EncoderTower(backbone, dim, ["cls"], layers)

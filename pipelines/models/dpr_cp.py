@@ -184,4 +184,4 @@ def load_tower(directory: str, side: Side, dtype: str, device: str, *, similarit
     # Copies, so that the tower does not hang on the mapped file.
     projection = {name: part.pop(name).clone() for name in list(part) if name.startswith(_PROJECTION)}
     bert = {name: tensor.clone() for name, tensor in part.items()}
-    return dpr.build_tower(config, bert, projection, dtype, native.path, side).to(device)
+    return dpr.build_tower(config, bert, projection, dtype, native.path, side).on(device)

@@ -109,4 +109,4 @@ def load_tower(directory: str, side: Side, dtype: str, device: str, *, similarit
     layers = [load_linear(state.pop(weight), state.pop(bias))] if weight and bias else []
     albert = {name.replace("albert.", ""): tensor for name, tensor in state.items()}
     backbone = build_model(AlbertModel, read_config(directory), albert, dtype, directory)
-    return EncoderTower(backbone, described.dim, ["cls"], layers).eval().to(device)
+    return EncoderTower(backbone, described.dim, ["cls"], layers).on(device)

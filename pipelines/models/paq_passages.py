@@ -116,4 +116,4 @@ def load_tower(directory: str, side: Side, dtype: str, device: str, *, similarit
         refuse("PAQ's passage retriever has no passage encoder", directory, expected="the query side", hint=_NO_HINT)
     state = {_plain_name(name): tensor for name, tensor in read_weights(directory).items()}
     backbone = build_model(BertModel, read_config(directory), state, dtype, directory)
-    return EncoderTower(backbone, described.dim, ["cls"]).eval().to(device)
+    return EncoderTower(backbone, described.dim, ["cls"]).on(device)

@@ -26,7 +26,6 @@ from pipelines.models.files import peek_json, read_json, refuse, require_files, 
 from pipelines.schema import Passage
 
 _MAX_LENGTH = 512
-_BATCH = 32
 _OTHER_TASKS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
 
@@ -73,18 +72,20 @@ def load(
     device: str = "cpu",
     *,
     max_length: int | None = None,
-    batch_size: int = _BATCH,
+    token_budget: int | None = None,
 ) -> CrossEncoder:
     """Load the reranker and its tokeniser. Raises CheckpointError when the directory is incomplete or mixed up."""
     from transformers import AlbertForMultipleChoice
 
+    from pipelines.models.packed import pack
     from pipelines.models.weights import build_model, read_config, read_weights
 
     described = info(directory)
     length = tokens.checked_length(max_length, described.max_length, described.max_length)
     config = read_config(directory)
-    model = build_model(AlbertForMultipleChoice, config, read_weights(directory), dtype, directory, needs_pooler=True)
-    model.to(device)
+    state = read_weights(directory)
+    model = build_model(AlbertForMultipleChoice, config, state, dtype, directory, needs_pooler=True)
+    pack(model.to(device))
 
     def forward(ids_BL: Any, mask_BL: Any, types_BL: Any) -> Any:
         one_choice = {"input_ids": ids_BL, "attention_mask": mask_BL, "token_type_ids": types_BL}
@@ -92,7 +93,7 @@ def load(
 
     backend = tokens.load_backend(directory, "AlbertTokenizer")
     encoder = tokens.TextEncoder(backend, tokens.pad_id(directory, backend), length, with_types=True)
-    return PaqReranker(TextClassifier(forward, encoder, batch_size, device))
+    return PaqReranker(TextClassifier(forward, encoder, 1, device, token_budget))
 
 
 @dataclass

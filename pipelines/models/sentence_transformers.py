@@ -230,4 +230,4 @@ def load_tower(directory: str, side: Side, dtype: str, device: str, *, similarit
         refuse(f"the pooling is {layout.width} wide, the transformer {width}", directory)
     layers = load_layers(layout.extras, read_settings(directory).get("truncate_dim"))
     normalise = described.similarity == "cosine"
-    return EncoderTower(backbone, described.dim, layout.modes, layers, normalise=normalise).eval().to(device)
+    return EncoderTower(backbone, described.dim, layout.modes, layers, normalise=normalise).on(device)

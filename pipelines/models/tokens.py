@@ -76,13 +76,22 @@ def micro_batches(length_N: Array, token_budget: int) -> Iterator[Array]:
 
     A text longer than the budget gets a micro-batch of its own.
     """
-    order = np.argsort(-np.asarray(length_N), kind="stable")
-    start = 0
-    while start < len(order):
-        longest = max(1, int(length_N[order[start]]))
-        stop = start + max(1, token_budget // longest)
-        yield order[start:stop]
-        start = stop
+    rest = longest_first(length_N)
+    while len(rest):
+        batch = first_batch(rest, length_N, token_budget)
+        yield batch
+        rest = rest[len(batch) :]
+
+
+def longest_first(length_N: Array) -> Array:
+    """Return 0..N-1 by length, equal lengths in their order."""
+    return np.argsort(-np.asarray(length_N), kind="stable")
+
+
+def first_batch(rest: Array, length_N: Array, token_budget: int) -> Array:
+    """Return the first of `rest`, longest first, that fit the budget together; one at least."""
+    longest = max(1, int(length_N[rest[0]]))
+    return rest[: max(1, token_budget // longest)]
 
 
 def pad(tokens: Tokens, batch: Array, pad_id: int, least: int = 1) -> tuple[Array, Array, Array | None]:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pipelines.models.files import read_json, refuse
+from pipelines.models.packed import Transformer, move
 from pipelines.models.weights import check_names, load_linear, read_weights
 
 _ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU", "Sigmoid", "SiLU")
@@ -23,7 +24,7 @@ class EncoderTower(nn.Module):
     """Map a right-padded micro-batch to vectors: `head(backbone(...))`.
 
     The backbone computes in its own dtype; pooling, the layers and normalisation always in fp32, so the vectors are
-    fp32. `backbone` and `head` are public so that another batching (packed sequences) can drive them apart.
+    fp32. Inputs lie in the CPU's memory, the vectors where the tower is.
     """
 
     def __init__(
@@ -44,6 +45,17 @@ class EncoderTower(nn.Module):
         self.layers = nn.Sequential(*layers).float()
         self.normalise = normalise
 
+    def on(self, device: str) -> EncoderTower:
+        """Go to `device`, ready to encode there the fastest way; to be called once. Returns itself."""
+        self.eval().to(device)
+        self.backbone = Transformer(self.backbone)
+        return self
+
+    @property
+    def packs(self) -> bool:
+        """Whether padding costs nothing."""
+        return bool(getattr(self.backbone, "packs", False))
+
     @torch.inference_mode()
     def forward(
         self, input_ids_BL: torch.Tensor, mask_BL: torch.Tensor, type_ids_BL: torch.Tensor | None = None
@@ -51,7 +63,7 @@ class EncoderTower(nn.Module):
         """Return emb_BD (fp32) for int64 ids, int64 mask (1 = token, padding on the right), int64 types or None."""
         types = {} if type_ids_BL is None else {"token_type_ids": type_ids_BL}
         hidden_BLH = self.backbone(input_ids=input_ids_BL, attention_mask=mask_BL, **types).last_hidden_state
-        return self.head(hidden_BLH, mask_BL)
+        return self.head(hidden_BLH, move(mask_BL, hidden_BLH.device))
 
     def head(self, hidden_BLH: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
         """Pool the last hidden states and apply the layers behind them. Returns emb_BD (fp32)."""
@@ -113,6 +125,8 @@ class WordTower(nn.Module):
         self, input_ids_BL: torch.Tensor, mask_BL: torch.Tensor, type_ids_BL: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Return emb_BD (fp32) for int64 ids and mask (1 = word, padding on the right); L may be 0."""
+        device = self.vectors.weight.device
+        input_ids_BL, mask_BL = input_ids_BL.to(device), mask_BL.to(device)
         shape = (len(input_ids_BL), self.vectors.embedding_dim)
         total_BH = torch.zeros(shape, dtype=torch.float64, device=input_ids_BL.device)
         weight_B = torch.zeros(shape[0], dtype=torch.float64, device=input_ids_BL.device)

@@ -207,7 +207,33 @@ def build_model(
     missing = sorted(name for name in report["missing_keys"] if needs_pooler or not name.startswith("pooler."))
     unexpected = sorted(name for name in report["unexpected_keys"] if not UNUSED_HEADS.search(name))
     check_names(missing, unexpected, directory, model_class.__name__)
+    if torch_type is torch.bfloat16:
+        _remember_norms(model, state)
     return model.eval()
+
+
+def _remember_norms(model: Any, state: dict[str, torch.Tensor]) -> None:
+    """Give every LayerNorm of a bf16 model its unrounded weight and bias, as a plain attribute `exact`.
+
+    Rounding these few numbers costs as much cosine as all other rounding of weights together: kernels that take them
+    in fp32 beside bf16 inputs use them (see `fused`).
+    """
+    prefix = model.base_model_prefix + "."
+    for name, module in model.named_modules():
+        if type(module) is not torch.nn.LayerNorm or module.weight is None or module.bias is None:
+            continue
+        spellings = [
+            spelling
+            for stem in (name, prefix + name, name.removeprefix(prefix))
+            for spelling in ((f"{stem}.weight", f"{stem}.bias"), (f"{stem}.gamma", f"{stem}.beta"))
+        ]
+        for weight, bias in spellings:
+            exact = [state[key].float() for key in (weight, bias) if key in state]
+            own = [module.weight, module.bias]
+            # Equal after rounding: it is this layer's, however the names were mapped.
+            if len(exact) == 2 and all(torch.equal(e.to(o.dtype), o) for e, o in zip(exact, own, strict=True)):
+                module.exact = tuple(exact)
+                break
 
 
 def check_names(missing: list[str], unexpected: list[str], directory: str, model: str) -> None:

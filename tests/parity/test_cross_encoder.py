@@ -202,10 +202,10 @@ def electra(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_classifier(str(tmp_path_factory.mktemp("electra")), "electra")
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 32])
-def test_neither_batch_nor_order_matters(electra: str, batch_size: int) -> None:
+@pytest.mark.parametrize("token_budget", [1, 2, 32])
+def test_neither_batch_nor_order_matters(electra: str, token_budget: int) -> None:
     alone = [cross_encoder.load(electra).score([QUERY], [passage])[0] for passage in PASSAGES]
-    scorer = cross_encoder.load(electra, batch_size=batch_size)
+    scorer = cross_encoder.load(electra, token_budget=token_budget)
     assert close(scorer.score(QUERIES, PASSAGES), alone)
     assert close(scorer.score(QUERIES, PASSAGES[::-1])[::-1], alone)
     mixed = [QUERY, "a king", QUERY, "war?", QUERY]
@@ -312,7 +312,7 @@ def test_passage_ranker(tmp_path: Path, parity: Parity) -> None:
     options = {"truncation": True, "max_length": 256, "return_tensors": "pt"}
     tokeniser = _slow_bert(directory)
     logits = torch.from_numpy(_logits(directory, [tokeniser(text, **options) for text in texts]))
-    ours = cross_encoder.load_passage_ranker(directory, batch_size=3).score(texts)
+    ours = cross_encoder.load_passage_ranker(directory, token_budget=3).score(texts)
     assert ours.dtype == np.float32
     assert (ours <= 0).all()
     parity("PAQ passage ranker", "bert, 2 labels, .bin", "log_softmax[:, 1]", ours, logits.log_softmax(1)[:, 1].numpy())

@@ -59,7 +59,7 @@ def test_scores_equal_the_oracle(tmp_path: Path, parity: Parity, size: str, weig
     dim, heads, layers = SIZES[size]
     directory = write_paq_reranker(str(tmp_path), dim, heads=heads, layers=layers, weights=weights, dtype=dtype)
     assert find_model(directory, "cross-encoder") is paq_reranker
-    ours = paq_reranker.load(directory, batch_size=5).score(FLAT_QUESTIONS, FLAT_CANDIDATES)
+    ours = paq_reranker.load(directory, token_budget=5).score(FLAT_QUESTIONS, FLAT_CANDIDATES)
     assert ours.dtype == np.float32
     theirs = _oracle(directory).reshape(-1)
     parity("PAQ reranker", f"{size}, spiece.model, .{weights} {dtype}", "AlbertForMultipleChoice", ours, theirs)
@@ -127,12 +127,12 @@ def reranker(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_paq_reranker(str(tmp_path_factory.mktemp("reranker")))
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_neither_batch_nor_order_matters(reranker: str, batch_size: int) -> None:
+@pytest.mark.parametrize("token_budget", [1, 3, 64])
+def test_neither_batch_nor_order_matters(reranker: str, token_budget: int) -> None:
     pairs = list(zip(FLAT_QUESTIONS, FLAT_CANDIDATES, strict=True))
     one = paq_reranker.load(reranker)
     alone = [one.score([question], [candidate])[0] for question, candidate in pairs]
-    scorer = paq_reranker.load(reranker, batch_size=batch_size)
+    scorer = paq_reranker.load(reranker, token_budget=token_budget)
     assert close(scorer.score(FLAT_QUESTIONS, FLAT_CANDIDATES), alone)
     assert close(scorer.score(FLAT_QUESTIONS[::-1], FLAT_CANDIDATES[::-1])[::-1], alone)
     assert scorer.score([], []).shape == (0,)

@@ -1,0 +1,138 @@
+"""The engine every text model runs through: ragged texts in, one row of numbers a text out.
+
+Micro-batches are cut from the length-sorted texts under a budget of padded tokens, so what comes out depends on the
+texts, the model and the budget, never on who else is at work. A budget that does not fit the memory is halved.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy.typing as npt
+
+from pipelines.errors import PinakesError
+from pipelines.models.base import Tokens
+from pipelines.models.tokens import first_batch, longest_first, pad
+
+Array = npt.NDArray[Any]
+
+Forward = Callable[[Any, Any, Any], Any]
+"""(ids_BL, mask_BL, types_BL or None), int64 tensors in the CPU's memory, to out_BC, a tensor on any device."""
+
+# Tokens: a CPU core is busy with a few thousand, a GPU waits for its next kernel below some ten thousand.
+_BUDGETS = {"cpu": 2048, "cuda": 65_536}
+_LADDERS = {"cpu": (1024, 2048, 4096, 8192), "cuda": (16_384, 32_768, 65_536, 131_072, 262_144)}
+_WORTH = 1.03  # a larger budget has to be this much faster, because it also takes more memory
+_SLOW_SECONDS = 1.5  # a micro-batch that takes this long is large enough
+_NO_MEMORY = "can't allocate memory"  # in torch's words for the CPU, where it raises a bare RuntimeError
+
+
+def default_budget(device: str) -> int:
+    """Return the tokens in a micro-batch where nobody has measured."""
+    return _BUDGETS[device.partition(":")[0]]
+
+
+@dataclass
+class Engine:
+    """Runs `forward` over any number of texts.
+
+    width: C, the numbers a text. budget: padded tokens in a micro-batch; it falls when memory runs out. packs: whether
+    `forward` leaves padding out. computed_tokens: what the last call computed, with the padding it could not leave out.
+    """
+
+    forward: Forward
+    pad_id: int
+    width: int
+    device: str
+    budget: int
+    packs: bool = False
+    computed_tokens: int = 0
+
+    def run(self, tokens: Tokens) -> Array:
+        """Return out_NC (N, C) fp32 for N texts, in their order.
+
+        Raises PinakesError when a text alone does not fit the memory.
+        """
+        import torch
+
+        length_N = tokens.lengths
+        rest = longest_first(length_N)
+        out_NC = torch.zeros(len(tokens), self.width, device=self.device)
+        self.computed_tokens = 0
+        with torch.inference_mode():
+            while len(rest):
+                batch, longest = first_batch(rest, length_N, self.budget), int(length_N[rest[0]])
+                try:
+                    result_BC = self._forward(tokens, batch)
+                except (MemoryError, RuntimeError) as error:
+                    self._shrink(error, len(batch), longest)
+                    continue
+                out_NC[torch.from_numpy(batch).to(self.device)] = result_BC.float()
+                self.computed_tokens += int(length_N[batch].sum()) if self.packs else len(batch) * longest
+                rest = rest[len(batch) :]
+        # Nothing before this line waits for a GPU: it computes one micro-batch while the CPU prepares the next.
+        result: Array = out_NC.cpu().numpy()
+        return result
+
+    def _forward(self, tokens: Tokens, batch: Array) -> Any:
+        import torch
+
+        padded = pad(tokens, batch, self.pad_id)
+        return self.forward(*(None if array is None else torch.from_numpy(array) for array in padded))
+
+    def _shrink(self, error: Exception, texts: int, longest: int) -> None:
+        """Halve the budget after running out of memory; raise `error` again when it is anything else."""
+        import torch
+
+        if not is_out_of_memory(error):
+            raise error
+        if texts == 1:
+            what = f"a text of {longest} tokens does not fit the memory of {self.device}, even alone"
+            hint = "lower encoder.max_length, or give the workers more memory"
+            raise PinakesError(what, hint=hint) from error
+        self.budget = max(1, texts * longest // 2)
+        if self.device != "cpu":
+            torch.cuda.empty_cache()
+
+    def measure_budget(self, tokens: Tokens) -> int:
+        """Find the budget that computes texts such as these fastest, set it and return it.
+
+        Takes a few micro-batches of the texts' own middle lengths; the smallest budget near the best wins.
+        """
+        best, best_rate = self.budget, 0.0
+        for budget, rate, seconds in self._rates(tokens):
+            if rate > best_rate * _WORTH:
+                best, best_rate = budget, rate
+            elif rate < best_rate / _WORTH:
+                break
+            if seconds > _SLOW_SECONDS:
+                break
+        self.budget = best
+        return best
+
+    def _rates(self, tokens: Tokens) -> Iterator[tuple[int, float, float]]:
+        """Yield (budget, tokens/s, seconds of a micro-batch) up the ladder, as long as texts and memory suffice."""
+        usual = longest_first(tokens.lengths)[len(tokens) // 4 :]
+        for budget in _LADDERS[self.device.partition(":")[0]]:
+            taken = tokens.take(first_batch(usual, tokens.lengths, budget))
+            if len(taken.ids) < budget // 2:  # there are no more texts
+                return
+            self.budget = budget
+            seconds = []
+            for _ in range(3):  # the first one warms up
+                started = time.perf_counter()
+                self.run(taken)
+                seconds.append(time.perf_counter() - started)
+            if self.budget < budget:  # it ran out of memory
+                return
+            yield budget, len(taken.ids) / min(seconds[1:]), min(seconds[1:])
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether torch or Python ran out of memory, on a GPU or a CPU."""
+    import torch
+
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or _NO_MEMORY in str(error)

@@ -1,0 +1,258 @@
+"""Run a transformer without computing padding: the tokens of a micro-batch in one row, attention within each text.
+
+Everything but attention works on one token at a time, so a micro-batch of B texts can be a single row of its T real
+tokens. Attention gets the texts' boundaries: on CUDA it is torch's variable-length flash attention, on a CPU batched
+products over texts of one length. transformers' attention interface carries both, for every model that asks it for
+its attention and takes positions as an argument; which do is tried when a model is loaded, against its own padded
+result. The others (MPNet and DeBERTa with relative positions) run padded.
+
+Imports torch and transformers: import this where it is used.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from pipelines.models import fused
+
+_log = logging.getLogger(__name__)
+
+_NAME = "pinakes_packed"
+# Families whose layers look at nothing but positions, attention and single tokens. Anything new is tried first.
+_PACKABLE = ("albert", "bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta")
+_AFTER_PADDING = ("camembert", "roberta", "xlm-roberta")  # their positions start behind the padding id
+_SCORES = 400_000  # attention scores at once on a CPU: what fits a core's second-level cache
+_TRIAL_LENGTHS = (5, 9, 9, 3)  # of the texts tried when a model is loaded; two are alike
+_CLOSE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+"""Largest relative difference (of the norms) by which another order of the same sums may change hidden states."""
+
+
+@dataclass(frozen=True)
+class Boundaries:
+    """Where the texts of a packed row lie. Counts are ints of the CPU: nothing here waits for a device.
+
+    starts_B1: (B + 1,) int32 on the model's device. longest: tokens. runs: (start, texts, tokens a text) of each
+    stretch of texts of one length.
+    """
+
+    starts_B1: torch.Tensor
+    longest: int
+    runs: tuple[tuple[int, int, int], ...]
+
+
+def attend(
+    module: nn.Module,
+    query_1HTD: torch.Tensor,
+    key_1HTD: torch.Tensor,
+    value_1HTD: torch.Tensor,
+    attention_mask: None,
+    scaling: float | None = None,
+    boundaries: Boundaries | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend within each text of a packed row, as transformers' attention interface wants it. Returns out_1THD."""
+    assert boundaries is not None, "packed attention needs the texts' boundaries"
+    query, key, value = (x[0].transpose(0, 1) for x in (query_1HTD, key_1HTD, value_1HTD))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.is_cuda:
+        from torch.nn.attention.varlen import varlen_attn
+
+        starts, longest = boundaries.starts_B1, boundaries.longest
+        packed = [x.contiguous() for x in (query, key, value)]
+        return varlen_attn(*packed, starts, starts, longest, longest, scale=scale).unsqueeze(0), None
+    return _attend_on_cpu(query, key, value, boundaries, scale).unsqueeze(0), None
+
+
+def _attend_on_cpu(
+    query_THD: torch.Tensor, key_THD: torch.Tensor, value_THD: torch.Tensor, boundaries: Boundaries, scale: float
+) -> torch.Tensor:
+    """Attend within each text, a few texts of one length at a time, so that the scores stay in the cache."""
+    out_THD = torch.empty(query_THD.shape, dtype=query_THD.dtype)
+    heads, width = query_THD.shape[1:]
+    for start, length, count in _chunks(boundaries, heads):
+        stop = start + count * length
+        query, key, value = (
+            x[start:stop].view(count, length, heads, width).transpose(1, 2) for x in (query_THD, key_THD, value_THD)
+        )
+        out_CHLD = _softmax_attention(query, key, value, scale)
+        out_THD[start:stop].view(count, length, heads, width).copy_(out_CHLD.transpose(1, 2))
+    return out_THD
+
+
+def _softmax_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return softmax(query key' scale) value for (C, H, L, D) of texts without padding.
+
+    oneDNN's batched bf16 products are twice as fast as torch's fused CPU kernel, which multiplies by way of fp32 where
+    there is no AMX; in fp32 the fused kernel is the faster.
+    """
+    if query.dtype is not torch.bfloat16:
+        return nn.functional.scaled_dot_product_attention(query, key, value, scale=scale)
+    count, heads, length, width = query.shape
+    query, key, value = (x.reshape(count * heads, length, width) for x in (query, key, value))
+    nothing = query.new_zeros(1, 1, 1)
+    score_BLL = torch.baddbmm(nothing, query, key.transpose(1, 2), beta=0, alpha=scale)
+    return torch.bmm(torch.softmax(score_BLL, -1), value).view(count, heads, length, width)
+
+
+def _chunks(boundaries: Boundaries, heads: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (start, tokens a text, texts): the runs cut to a bounded number of attention scores."""
+    for start, texts, length in boundaries.runs:
+        step = max(1, _SCORES // (heads * length * length))
+        for first in range(0, texts, step):
+            yield start + first * length, length, min(step, texts - first)
+
+
+AttentionInterface.register(_NAME, attend)
+
+
+class Transformer(nn.Module):
+    """A transformers encoder that computes no padding, where it can; called like the model it holds.
+
+    It takes ids, mask and types in the CPU's memory, wherever the model is, and returns hidden states there: (B, L, H),
+    zero at padding. `packs` tells whether it computes padding.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.config, self.packs = model, model.config, False
+        self.tune()
+
+    @property
+    def device(self) -> torch.device:
+        return self._some_weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._some_weight.dtype
+
+    @property
+    def _some_weight(self) -> torch.Tensor:
+        weight: torch.Tensor = next(self.model.parameters())  # of an embedding: a fused layer's are no parameters
+        return weight
+
+    def tune(self) -> None:
+        """Choose the fastest way that gives the model's own result; runs it on a few made-up tokens."""
+        own = self._trial()
+        if fused.can_fuse(self.model):
+            changes = fused.fuse(self.model)
+            if not self._agrees(own, "fused linear layers"):
+                fused.undo(changes)
+        if self.config.model_type in _PACKABLE and self._has_kernel():
+            attention = self.config._attn_implementation
+            self.model.set_attn_implementation(_NAME)
+            self.packs = True
+            if not self._agrees(own, "packed texts"):
+                self.model.set_attn_implementation(attention)
+                self.packs = False
+
+    def _agrees(self, own: torch.Tensor, what: str) -> bool:
+        found = self._trial()
+        difference = float((found - own).norm() / own.norm().clamp(min=1e-12))
+        if difference <= _CLOSE[self.dtype]:  # false for NaN
+            return True
+        kind = self.config.model_type
+        _log.warning("%s: %s change the model's result by %.2g and are not used", kind, what, difference)
+        return False
+
+    def _has_kernel(self) -> bool:
+        return self.device.type == "cpu" or self.dtype in (torch.bfloat16, torch.float16)
+
+    def _longest(self) -> int:
+        limit = getattr(self.config, "max_position_embeddings", None) or max(_TRIAL_LENGTHS) + _first(self.config)
+        return max(1, int(limit) - _first(self.config))
+
+    @torch.inference_mode()
+    def _trial(self) -> torch.Tensor:
+        """Return the hidden states of a few made-up texts, where they have tokens, as fp32 on the CPU."""
+        length_B = torch.tensor(_TRIAL_LENGTHS).clamp(max=self._longest())
+        mask_BL = (torch.arange(int(length_B.max())) < length_B[:, None]).long()
+        pad = int(getattr(self.config, "pad_token_id", None) or 0)
+        ids_BL = torch.arange(mask_BL.numel()).view(mask_BL.shape) * 7 % (self.config.vocab_size - pad - 1) + pad + 1
+        hidden_BLH = self(ids_BL * mask_BL + pad * (1 - mask_BL), mask_BL).last_hidden_state
+        return hidden_BLH.float().cpu()[mask_BL.bool()]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        token_type_ids: torch.Tensor | None = None,
+        **_: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Return last_hidden_state (B, L, H), and pooler_output where the model has a pooler."""
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        if not self.packs:
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **types}
+            return self.model(**{name: move(tensor, self.device) for name, tensor in inputs.items()})
+        hidden_BLH = self._forward_packed(input_ids, attention_mask.bool(), types)
+        pooler = getattr(self.model, "pooler", None)
+        pooled = None if pooler is None else self._pool(pooler, hidden_BLH)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_BLH, pooler_output=pooled)
+
+    def _pool(self, pooler: Any, hidden_BLH: torch.Tensor) -> torch.Tensor:
+        # ALBERT's pooler is a bare Linear on the first hidden state, with its tanh beside it.
+        if hasattr(self.model, "pooler_activation"):
+            pooled: torch.Tensor = self.model.pooler_activation(pooler(hidden_BLH[:, 0]))
+        else:
+            pooled = pooler(hidden_BLH)
+        return pooled
+
+    def _forward_packed(
+        self, ids_BL: torch.Tensor, mask_BL: torch.Tensor, types: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """Return hidden_BLH. ids_BL, mask_BL (bool) and types lie in the CPU's memory."""
+        device, (texts, longest) = self.device, ids_BL.shape
+        position_T = _positions(mask_BL, self.config)
+        packed = {"input_ids": ids_BL[mask_BL], "position_ids": position_T}
+        if "token_type_ids" in inspect.signature(self.model.forward).parameters:
+            packed["token_type_ids"] = types["token_type_ids"][mask_BL] if types else torch.zeros_like(position_T)
+        place_T = mask_BL.flatten().nonzero().flatten()
+        inputs = {name: move(tensor, device).unsqueeze(0) for name, tensor in packed.items()}
+        boundaries = _boundaries(mask_BL.sum(1), device)
+        hidden_TH = self.model(**inputs, boundaries=boundaries).last_hidden_state[0]
+        if len(place_T) == mask_BL.numel():
+            return hidden_TH.view(texts, longest, -1)
+        hidden_BLH = hidden_TH.new_zeros(texts * longest, hidden_TH.shape[-1])
+        return hidden_BLH.index_copy_(0, move(place_T, device), hidden_TH).view(texts, longest, -1)
+
+
+def pack(model: Any) -> Any:
+    """Put the fastest form of its transformer into a transformers model with a head; returns the model."""
+    prefix = model.base_model_prefix
+    setattr(model, prefix, Transformer(getattr(model, prefix)))
+    return model
+
+
+def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return the tensor on `device`; to CUDA from pinned memory, so that the CPU does not wait for the copy."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _positions(mask_BL: torch.Tensor, config: Any) -> torch.Tensor:
+    """Return position_T of the packed tokens: 0, 1, ... in each text, behind the padding id for RoBERTa and its kin."""
+    first = _first(config)
+    return torch.arange(first, first + mask_BL.shape[1]).expand(mask_BL.shape)[mask_BL]
+
+
+def _first(config: Any) -> int:
+    return int(config.pad_token_id) + 1 if config.model_type in _AFTER_PADDING else 0
+
+
+def _boundaries(length_B: torch.Tensor, device: torch.device) -> Boundaries:
+    starts_B1 = torch.zeros(len(length_B) + 1, dtype=torch.int32)
+    torch.cumsum(length_B, 0, out=starts_B1[1:])
+    lengths, counts = torch.unique_consecutive(length_B, return_counts=True)
+    runs, start = [], 0
+    for length, count in zip(lengths.tolist(), counts.tolist(), strict=True):
+        if length:
+            runs.append((start, count, length))
+        start += length * count
+    return Boundaries(move(starts_B1, device), int(length_B.max()), tuple(runs))
