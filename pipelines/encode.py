@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,9 +17,11 @@ if TYPE_CHECKING:
     from pipelines.config import EncoderConfig
     from pipelines.models.base import EncoderInfo, Formatting, Side, Similarity, Tokeniser, Tokens, Tower
     from pipelines.models.clip import ImageTower
+    from pipelines.storage import Store
 
 Array = npt.NDArray[Any]
 
+_BUDGET = "budget.json"
 _IMAGE_BUDGET = 2048  # patches at once: pictures are decoded while a batch waits
 
 
@@ -188,6 +191,20 @@ class Encoder:
     def encode_passages(self, titles: Sequence[str], texts: Sequence[str]) -> Array:
         """Return emb_ND (N, D) float32 for N passages."""
         return self.encode_tokens(self.tokeniser.passages(list(titles), list(texts)))
+
+
+def settle_budget(encoder: Encoder, sample: Tokens, notes: Store) -> None:
+    """Give the encoder the token budget of the whole run, which the first worker to come here measures on `sample`.
+
+    notes: where the run's workers find what one of them measured. A GPU picks its kernels by the size of a
+    micro-batch, so workers with budgets of their own would not give the same bits; a CPU gives the same bits with any.
+    """
+    if encoder.spec.token_budget is not None:
+        return
+    if not notes.exists(_BUDGET):
+        measured = encoder.engine.measure_budget(sample)
+        notes.create(_BUDGET, json.dumps({"token_budget": measured}).encode())
+    encoder.engine.budget = int(json.loads(notes.read(_BUDGET))["token_budget"])
 
 
 class ImageEncoder:

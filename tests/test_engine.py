@@ -141,6 +141,17 @@ def test_attention_scores_are_computed_in_bounded_pieces() -> None:
     assert covered == list(range(50 * 200 + 7 * 9))
 
 
+def test_a_device_without_the_kernel_runs_padded(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def missing(*_: Any) -> Any:
+        raise NotImplementedError("no such kernel on this device\nand a long list of others")
+
+    monkeypatch.setattr(packed, "_attend_on_cpu", missing)
+    assert not packed.Transformer(make("bert")).packs
+    assert caplog.messages == ["bert: packed texts are not used: no such kernel on this device"]
+
+
 @pytest.mark.parametrize("break_what", ["fused", "packed"])
 def test_a_model_that_differs_in_the_fast_form_runs_in_its_own(
     break_what: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

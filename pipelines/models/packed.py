@@ -155,11 +155,15 @@ class Transformer(nn.Module):
                 self.packs = False
 
     def _agrees(self, own: torch.Tensor, what: str) -> bool:
-        found = self._trial()
+        kind = self.config.model_type
+        try:
+            found = self._trial()
+        except (RuntimeError, NotImplementedError) as error:  # a kernel that this device or head width does not have
+            _log.warning("%s: %s are not used: %s", kind, what, str(error).partition("\n")[0])
+            return False
         difference = float((found - own).norm() / own.norm().clamp(min=1e-12))
         if difference <= _CLOSE[self.dtype]:  # false for NaN
             return True
-        kind = self.config.model_type
         _log.warning("%s: %s change the model's result by %.2g and are not used", kind, what, difference)
         return False
 
