@@ -10,30 +10,33 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
-from cluster.pools import encode_resources, run_tasks
+from cluster.encode_workers import (
+    EncoderActor,
+    ImageEncoderActor,
+    ImageReader,
+    Tokeniser,
+    Writer,
+    made_from,
+    part_number,
+)
+from cluster.pools import encode_resources, run_tasks, stream_rows
 from cluster.progress import Progress, Stage
-from pipelines import corpus, embeddings
+from pipelines import corpus, embeddings, guard
 from pipelines.config import ClusterConfig
-from pipelines.encode import Encoder, EncoderSpec, ImageEncoder, check_takes_images, load_tokeniser
+from pipelines.encode import EncoderSpec, check_takes_images
 from pipelines.errors import PinakesError
 from pipelines.manifest import (
     Receipt,
     drop_receipts,
     find_done,
     find_finished,
-    fingerprint,
     package_versions,
-    put_done,
     write_manifest,
 )
-from pipelines.models.base import Tokens
 from pipelines.storage import Store
+from pipelines.throughput import Work, summarise
 
 _ROUNDS = 3
 
@@ -43,42 +46,64 @@ def embedding_store(root: str, snapshot: str, spec: EncoderSpec) -> Store:
 
 
 def encode(
-    root: str, snapshot: dict[str, Any], spec: EncoderSpec, cluster: ClusterConfig, progress: Progress
+    root: str,
+    snapshot: dict[str, Any],
+    spec: EncoderSpec,
+    cluster: ClusterConfig,
+    progress: Progress,
+    max_quarantined_share: float = 0.01,
 ) -> dict[str, Any]:
     """Encode every part of `snapshot` that is not yet encoded by `spec`; return the embeddings' manifest.
 
-    Raises CheckpointError when the snapshot is one of images and the encoder takes none.
+    Raises CheckpointError when the snapshot is one of images and the encoder takes none, InputError when a larger share
+    of the passages than allowed cannot be encoded.
     """
     images = bool(snapshot.get("images"))
     if images:
         check_takes_images(spec)
     store = embedding_store(root, snapshot["snapshot"], spec)
     parts = snapshot["parts"]
-    if finished := find_finished(store, "embeddings"):
+    if finished := find_finished(store, "embeddings", guard.attempts(store)):
         with progress.stage("encode", len(parts)) as stage:
             stage.advance(len(parts), reused=True, rows=snapshot["num_rows"])
+            stage.throughput = finished.get("throughput")
         return finished
     passages = corpus.corpus_store(root, snapshot["corpus"]).child(snapshot["snapshot"])
+    allowed = guard.num_allowed(snapshot["num_rows"], max_quarantined_share)
+    began = time.time()
     with progress.stage("encode", len(parts)) as stage:
-        receipts = _encode_missing(passages, store, parts, spec, cluster, stage, images)
+        receipts = _encode_missing(passages, store, parts, spec, cluster, stage, images, allowed)
+        works = [Work.parse(r.facts.pop("work")) for r in receipts if "work" in r.facts]
+        stage.throughput = summarise(works, began, stage.seconds, spec.compute)
+    return _finish(store, snapshot, spec, receipts, allowed, stage)
+
+
+def _finish(
+    store: Store, snapshot: dict[str, Any], spec: EncoderSpec, receipts: list[Receipt], allowed: int, stage: Stage
+) -> dict[str, Any]:
+    """Write the quarantine and then the manifest, and sweep what the work needed; return the manifest."""
+    parts = snapshot["parts"]
     entries = [
         {**receipt.as_entry(), "first_row": part["first_row"]} for receipt, part in zip(receipts, parts, strict=True)
     ]
-    manifest = write_manifest(
-        store,
-        "embeddings",
-        {
-            "snapshot": snapshot["snapshot"],
-            "corpus": snapshot["corpus"],
-            "encoder": spec.as_dict(),
-            "dim": spec.dim,
-            "num_rows": snapshot["num_rows"],
-            "parts": entries,
-            "seconds": round(stage.seconds, 3),
-            "packages": package_versions(),
-        },
-    )
+    quarantined = guard.collect(parts, [entry.pop("quarantined", []) for entry in entries])
+    guard.write_quarantine(store, quarantined, allowed)
+    content = {
+        "snapshot": snapshot["snapshot"],
+        "corpus": snapshot["corpus"],
+        "encoder": spec.as_dict(),
+        "dim": spec.dim,
+        "num_rows": snapshot["num_rows"],
+        "num_quarantined": len(quarantined),
+        "quarantined": quarantined,
+        "parts": entries,
+        "seconds": round(stage.seconds, 3),
+        "throughput": stage.throughput,
+        "packages": package_versions(),
+    }
+    manifest = write_manifest(store, "embeddings", content)
     drop_receipts(store)
+    guard.attempts(store).remove_all()
     return manifest
 
 
@@ -90,6 +115,7 @@ def _encode_missing(
     cluster: ClusterConfig,
     stage: Stage,
     images: bool,
+    allowed: int,
 ) -> list[Receipt]:
     """Encode until every part is in place; a part that stays missing after a few rounds is an error."""
     found: dict[int, Receipt] = {}
@@ -97,14 +123,14 @@ def _encode_missing(
         missing = [part for i, part in enumerate(parts) if i not in found]
         for position, receipt in run_tasks(_find_task, missing, store, spec):
             if receipt is not None:
-                part = _number(missing[position])
+                part = part_number(missing[position])
                 found[part] = receipt
                 if attempt == 0:
                     stage.advance(reused=True, rows=receipt.facts["num_rows"], tokens=receipt.facts["num_tokens"])
         missing = [part for i, part in enumerate(parts) if i not in found]
         if not missing:
             return [found[i] for i in range(len(parts))]
-        for row in _stream(passages, store, missing, spec, cluster, images):
+        for row in _stream(passages, store, missing, spec, cluster, images, allowed):
             receipt = Receipt(**row["receipt"])
             found[row["part"]] = receipt
             if attempt == 0:
@@ -126,6 +152,7 @@ def _stream(
     spec: EncoderSpec,
     cluster: ClusterConfig,
     images: bool,
+    allowed: int,
 ) -> Any:
     """Yield {"part", "receipt"} for each missing part as its file lands."""
     import ray
@@ -133,144 +160,22 @@ def _stream(
     use = encode_resources(cluster, len(missing))
     items = [{"part": json.dumps(part)} for part in missing]
     one_part = {"batch_size": 1, "batch_format": "pyarrow"}
-    reader, encoder = (_ImageReader, _ImageEncoderActor) if images else (_Tokeniser, _EncoderActor)
+    reader, encoder = (ImageReader, ImageEncoderActor) if images else (Tokeniser, EncoderActor)
     reader_arguments = (passages,) if images else (passages, spec)
-    actor_arguments = (spec, use.device, use.threads)
-    dataset = (
-        ray.data.from_items(items, override_num_blocks=len(items))
-        .map_batches(reader, fn_constructor_args=reader_arguments, compute=use.helpers, **one_part, **use.helper)
-        .map_batches(encoder, fn_constructor_args=actor_arguments, compute=use.actors, **one_part, **use.actor)
-        .map_batches(_Writer, fn_constructor_args=(store, spec), compute=use.helpers, **one_part, **use.helper)
-    )
-    for row in dataset.iter_rows():
+    actor_arguments = (spec, use.device, use.threads, store, allowed)
+
+    def plan() -> Any:
+        return (
+            ray.data.from_items(items, override_num_blocks=len(items))
+            .map_batches(reader, fn_constructor_args=reader_arguments, compute=use.readers, **one_part, **use.reader)
+            .map_batches(encoder, fn_constructor_args=actor_arguments, compute=use.encoders, **one_part, **use.encoder)
+            .map_batches(Writer, fn_constructor_args=(store, spec), compute=use.writers, **one_part, **use.writer)
+        )
+
+    for row in stream_rows(plan):
         yield {"part": row["part"], "receipt": json.loads(row["receipt"])}
 
 
-class _Tokeniser:
-    """Read parts and tokenise them."""
-
-    def __init__(self, passages: Store, spec: EncoderSpec) -> None:
-        self.passages, self.tokeniser = passages, load_tokeniser(spec, "passage")
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        part = json.loads(batch["part"][0].as_py())
-        table = corpus.read_part(self.passages, part)
-        tokens = self.tokeniser.passages(table["title"].to_pylist(), table["text"].to_pylist())
-        columns = {
-            "part": [_number(part)],
-            "id": pa.array([table["id"].to_pylist()], pa.list_(pa.string())),
-            "tokens": _one_list(tokens.ids, pa.int32()),
-            "offsets": _one_list(tokens.offsets, pa.int64()),
-            "types": _one_list(tokens.type_ids, pa.int8()),
-        }
-        return pa.table(columns)
-
-
-class _EncoderActor:
-    """Hold a tower and turn tokenised parts into the bytes of embedding parts."""
-
-    def __init__(self, spec: EncoderSpec, device: str, num_threads: int) -> None:
-        self.spec = spec
-        self.encoder = Encoder(spec, "passage", device, num_threads)
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        started = time.perf_counter()
-        types = batch["types"].combine_chunks()
-        tokens = Tokens(
-            _only_list(batch["tokens"]),
-            _only_list(batch["offsets"]),
-            None if types.null_count else _only_list(batch["types"]),
-        )
-        emb_ND = self.encoder.encode_tokens(tokens)
-        return _embedded(batch, emb_ND, self.spec, len(tokens.ids), started)
-
-
-class _ImageReader:
-    """Read parts of images; there is nothing to tokenise."""
-
-    def __init__(self, passages: Store) -> None:
-        self.passages = passages
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        part = json.loads(batch["part"][0].as_py())
-        table = corpus.read_part(self.passages, part, images=True)
-        images = table["image"].combine_chunks()
-        images = pa.concat_arrays(images.chunks) if isinstance(images, pa.ChunkedArray) else images
-        columns = {
-            "part": [_number(part)],
-            "id": pa.array([table["id"].to_pylist()], pa.list_(pa.string())),
-            "images": _one_list(images, pa.large_binary()),
-        }
-        return pa.table(columns)
-
-
-class _ImageEncoderActor:
-    """Hold an image tower and turn parts of images into the bytes of embedding parts."""
-
-    def __init__(self, spec: EncoderSpec, device: str, num_threads: int) -> None:
-        self.spec = spec
-        self.encoder = ImageEncoder(spec, device, num_threads)
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        started = time.perf_counter()
-        images = batch["images"].combine_chunks().flatten().to_pylist()
-        emb_ND = self.encoder.encode_images(images)
-        return _embedded(batch, emb_ND, self.spec, self.encoder.num_tokens(len(images)), started)
-
-
-def _embedded(batch: pa.Table, emb_ND: Any, spec: EncoderSpec, num_tokens: int, started: float) -> pa.Table:
-    """Return the row that the writer takes: an embedding part's bytes and what they cost."""
-    ids = batch["id"].combine_chunks().flatten()
-    data = embeddings.to_parquet(ids, emb_ND, spec.storage)
-    return pa.table(
-        {
-            "part": batch["part"],
-            "data": pa.array([data], pa.large_binary()),
-            "num_rows": [len(emb_ND)],
-            "num_tokens": [num_tokens],
-            "seconds": [time.perf_counter() - started],
-        }
-    )
-
-
-class _Writer:
-    """Put embedding parts in place, each with its receipt."""
-
-    def __init__(self, store: Store, spec: EncoderSpec) -> None:
-        self.store, self.spec = store, spec
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        row = batch.to_pylist()[0]
-        facts = {
-            "num_rows": row["num_rows"],
-            "num_tokens": row["num_tokens"],
-            "encode_seconds": round(row["seconds"], 3),
-        }
-        name = embeddings.part_name(row["part"])
-        receipt = put_done(self.store, name, row["data"], _made_from(name, row["num_rows"], self.spec), facts)
-        return pa.table({"part": [row["part"]], "receipt": [json.dumps(asdict(receipt))]})
-
-
 def _find_task(part: dict[str, Any], store: Store, spec: EncoderSpec) -> Receipt | None:
-    name = embeddings.part_name(_number(part))
-    return find_done(store, name, _made_from(name, part["num_rows"], spec))
-
-
-def _made_from(name: str, num_rows: int, spec: EncoderSpec) -> str:
-    # The folder is named by snapshot and encoder already; this guards against files copied in from elsewhere.
-    return fingerprint([name, num_rows, spec.fingerprint])
-
-
-def _number(part: dict[str, Any]) -> int:
-    return int(part["name"].removeprefix("part-").removesuffix(".parquet"))
-
-
-def _one_list(values: Any, kind: pa.DataType) -> pa.Array:
-    """Return a one-row large list column holding the flat array `values` (null for None)."""
-    if values is None:
-        return pa.nulls(1, pa.large_list(kind))
-    return pa.LargeListArray.from_arrays(pa.array([0, len(values)], pa.int64()), pa.array(values, kind))
-
-
-def _only_list(column: pa.ChunkedArray) -> Any:
-    return np.asarray(column.combine_chunks().flatten().to_numpy(zero_copy_only=False))
+    name = embeddings.part_name(part_number(part))
+    return find_done(store, name, made_from(name, part["num_rows"], spec))

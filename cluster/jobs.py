@@ -169,7 +169,8 @@ def _ingest(config: Config, progress: Progress) -> dict[str, Any]:
 def _encode(config: Config, spec: EncoderSpec, snapshot: dict[str, Any], progress: Progress) -> dict[str, Any]:
     from cluster.encode import encode as embed
 
-    return embed(config.root, snapshot, spec, config.cluster, progress)
+    share = config.corpus.max_quarantined_share
+    return embed(config.root, snapshot, spec, config.cluster, progress, share)
 
 
 def _index(config: Config, spec: EncoderSpec, progress: Progress) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 from cluster.session import our_errors
 from pipelines.config import ClusterConfig
 
-_CPU_HELPER_CPUS = 0.1  # tokenising and writing run on the sliver of a core that a CPU encoder leaves
-_GPU_HELPER_CPUS = 0.5  # a GPU takes as many tokens as a core or two can tokenise
-_ENCODERS_PER_HELPER = 8
+_SLIVER = 0.0001  # the least that Ray counts, for what never has to wait: writers, CPU tokenisers, GPU encoders
+_CORE = 0.999  # what a busy process asks of a core: one fits on each, also on a big node, and slivers fit beside them
+_ENCODERS_PER_HELPER = 8  # on CPUs; one tokenises for ten times as many, so the pool may grow
+_FIRST_PER_GPU, _MOST_PER_GPU = 2, 8  # tokenisers: a BERT-base takes what two make, a MiniLM many times that
+_LEAST_GPUS = 4  # tokenisers may grow as for that many, since nodes may join
 
 _RETRIES = 4
 _WINDOW_PER_CPU = 4
@@ -109,39 +112,91 @@ def largest_node_cpus() -> int:
 
 @dataclass(frozen=True)
 class EncodeResources:
-    """How encoding is laid out: pools, and the resources of one actor, for the encoders and for their helpers."""
+    """How encoding is laid out: the pools, and what one actor of each takes."""
 
-    actors: Any
-    actor: dict[str, Any]
-    helpers: Any
-    helper: dict[str, Any]
+    encoders: Any
+    encoder: dict[str, float]
+    readers: Any
+    reader: dict[str, float]
+    writers: Any
+    writer: dict[str, float]
     device: str
     threads: int
 
 
 def encode_resources(config: ClusterConfig, num_parts: int) -> EncodeResources:
-    """Settle the encoder pool for `num_parts` parts, and the pools that read and write beside it."""
-    import ray
+    """Settle the encoder pool for `num_parts` parts, and the pools that read and write beside it.
+
+    The encoders start with as many as fit and grow when nodes join, unless `config.workers` says otherwise; Ray Data
+    keeps a second part waiting at each. The readers work ahead until their parts fill Ray Data's share of the object
+    store.
+    """
     from ray.data import ActorPoolStrategy
 
-    actor: dict[str, Any] = {"num_cpus": config.cpus_per_worker}
-    if config.gpus_per_worker:
-        actor["num_gpus"] = config.gpus_per_worker
-        fits = int(ray.cluster_resources().get("GPU", 0) / config.gpus_per_worker)
-    else:
-        fits = int(cluster_cpus() / max(1.0, config.cpus_per_worker))
-    low, high = config.worker_range() or (max(1, fits), max(1, fits))
+    on_gpu, cpus = config.gpus_per_worker > 0, config.cpus_per_worker
+    encoder = {"num_cpus": cpus * _CORE if cpus else (_SLIVER if on_gpu else _CORE)}
+    if on_gpu:
+        encoder["num_gpus"] = config.gpus_per_worker
+    fits = max(1, _num_fitting(config))
+    low, high = config.worker_range() or (fits, num_parts)
     high = max(1, min(high, num_parts))
     low = min(low, high)
     start = min(high, max(low, fits))
-    pool = (
-        ActorPoolStrategy(size=high)
-        if low == high
-        else ActorPoolStrategy(min_size=low, max_size=high, initial_size=start)
-    )
+    encoders = ActorPoolStrategy(min_size=low, max_size=high, initial_size=start)
     # Helpers are actors too: Ray ends an idle task worker after a second, and starting one anew for every part took a
-    # quarter of a small machine. One tokenises for several CPU encoders; a GPU takes all that one can make.
-    helper = {"num_cpus": _GPU_HELPER_CPUS if config.gpus_per_worker else _CPU_HELPER_CPUS}
-    helpers = ActorPoolStrategy(size=high if config.gpus_per_worker else -(-high // _ENCODERS_PER_HELPER))
-    device, threads = ("cuda" if config.gpus_per_worker else "cpu"), max(1, int(config.cpus_per_worker))
-    return EncodeResources(pool, actor, helpers, helper, device, threads)
+    # quarter of a small machine.
+    few = ActorPoolStrategy(size=-(-start // _ENCODERS_PER_HELPER))
+    readers, writer = few, {"num_cpus": _SLIVER}
+    if on_gpu:
+        spare = int(cluster_cpus() - start * max(1.0, cpus or 0.0))
+        first = max(1, min(_FIRST_PER_GPU * start, spare, num_parts))
+        most = max(first, min(_MOST_PER_GPU * max(start, _LEAST_GPUS), num_parts))
+        readers = ActorPoolStrategy(min_size=first, max_size=most)
+    reader = {"num_cpus": _CORE} if on_gpu else writer
+    device, threads = ("cuda" if on_gpu else "cpu"), max(1, int(cpus or 1))
+    return EncodeResources(encoders, encoder, readers, reader, few, writer, device, threads)
+
+
+def _num_fitting(config: ClusterConfig) -> int:
+    """Return how many encoders the cluster holds as it is, counted node by node."""
+    import ray
+
+    gpus, cpus = config.gpus_per_worker, config.cpus_per_worker
+    count = 0
+    for node in ray.nodes():
+        has = node["Resources"] if node["Alive"] else {}
+        bounds = [has.get("GPU", 0) / gpus + 1e-6] if gpus else []
+        if cpus or not gpus:
+            bounds.append(has.get("CPU", 0) / max(1.0, cpus or 1.0))
+        count += int(min(bounds))
+    return count
+
+
+def stream_rows(build: Callable[[], Any]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of the Ray Data plan that `build` makes; its actors end when this ends, however it ends.
+
+    Within the plan no pool shrinks before its input is used up: a lull would cost an encoder that loads again later.
+    """
+    import ray
+    from ray.data import DataContext
+
+    context = DataContext.get_current().copy()
+    context.autoscaling_config.actor_pool_util_downscaling_threshold = -1.0
+    with DataContext.current(context):
+        rows = iter(build().iter_rows())
+    failure: BaseException | None = None
+    try:
+        yield from rows
+    except ray.exceptions.RayError as error:
+        failure = error
+    if failure is None:
+        return
+    # A failed plan lets go of its actors, but the frames of its tracebacks hold them and their GPUs, and these lie in
+    # reference cycles that may live for minutes. What happened on the worker is in the message.
+    chain: list[BaseException | None] = [failure]
+    while chain:
+        if (seen := chain.pop()) is not None and (seen is failure or seen.__traceback__ is not None):
+            chain += [seen.with_traceback(None).__cause__, seen.__context__]
+    del rows
+    gc.collect()
+    raise failure

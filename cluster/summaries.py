@@ -18,23 +18,65 @@ def ingest_summary(result: dict[str, Any]) -> str:
 
 def encode_summary(result: dict[str, Any]) -> str:
     encoder, dim = result["encoder"], result["dim"]
-    return (
+    refused = result.get("num_quarantined", 0)
+    told = (
         f"snapshot {result['snapshot']}: {result['num_rows']:,} {dim}-d vectors "
         f"({encoder['storage']}, from {encoder['compute']}) by {encoder['checkpoint']} [{encoder['fingerprint']}]"
+        + (f", {refused:,} of them zero: not encodable, see quarantine.parquet" if refused else "")
     )
+    return "\n".join([told, *encoding_lines(result)])
 
 
 def index_summary(result: dict[str, Any]) -> str:
-    recall = result["recall"]
+    return "\n".join([version_line(result), *encoding_lines(result)])
+
+
+def version_line(version: dict[str, Any]) -> str:
+    recall = version["recall"]
     told = f", recall@{recall['k']} {recall['value']:.4f} ± {recall['ci95']:.4f}" if recall else ""
     return (
-        f"index {result['name']!r} version {result['version']}: {result['num_rows']:,} vectors, {result['factory']}, "
-        f"{result['num_shards']} shard{'s' if result['num_shards'] > 1 else ''}{told}"
+        f"index {version['name']!r} version {version['version']}: {version['num_rows']:,} vectors, "
+        f"{version['factory']}, {version['num_shards']} shard{'s' if version['num_shards'] > 1 else ''}{told}"
     )
 
 
+def encoding_lines(result: dict[str, Any]) -> list[str]:
+    """Return how fast the encoding was and what held it back; nothing when this run and those before did not say."""
+    stage = result.get("stages", {}).get("encode", {})
+    found = stage.get("throughput")
+    if not found:
+        return []
+    when = "" if stage["made"] else "encoded before: "
+    rates = f"{found['tokens_per_second']:,.0f} tokens/s ({found['rows_per_second']:,.0f} passages/s)"
+    busy = f"padding {found['padding_share']:.1%}, encoders busy {found['encoder_busy_share']:.0%}"
+    return [
+        f"{when}{found['num_tokens']:,} tokens in {found['seconds']:,.1f} s: {rates}, {busy}",
+        f"{_flops_told(found)}bottleneck: {found['bottleneck']} ({_busy_told(found)})",
+    ]
+
+
+def _flops_told(found: dict[str, Any]) -> str:
+    achieved, limit = found["achieved_flops"], found["limit_flops"]
+    if not achieved or not limit:  # word vectors multiply no matrices
+        return ""
+    unit, name = (1e12, "TFLOP/s") if limit >= 1e13 else (1e9, "GFLOP/s")
+    of = f"{found['num_devices']} x " if found["num_devices"] > 1 else ""
+    return (
+        f"{achieved / unit:,.4g} of {limit / unit:,.4g} {name} while busy "
+        f"({found['limit_share']:.0%} of {of}the {found['compute']} matrix limit); "
+    )
+
+
+def _busy_told(found: dict[str, Any]) -> str:
+    """Return the numbers behind the bottleneck."""
+    if found["bottleneck"] == "start-up":
+        return f"{found['start_seconds']:.1f} of {found['seconds']:.1f} s"
+    helpers = f"readers busy {found['reader_busy_share']:.0%}, writers {found['writer_busy_share']:.0%}"
+    return f"{helpers}, start-up {found['start_seconds']:.1f} s"
+
+
 def run_summary(result: dict[str, Any]) -> Any:
-    lines: list[Any] = [index_summary(result["version"])]
+    lines: list[Any] = [version_line(result["version"]), *encoding_lines(result)]
     if result["evaluation"]:
         lines.append(evaluation_summary(result["evaluation"]))
     alias = result["alias"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
@@ -193,17 +194,21 @@ class Encoder:
         return self.encode_tokens(self.tokeniser.passages(list(titles), list(texts)))
 
 
-def settle_budget(encoder: Encoder, sample: Tokens, notes: Store) -> None:
+def settle_budget(encoder: Encoder, sample: Tokens | None, notes: Store) -> None:
     """Give the encoder the token budget of the whole run, which the first worker to come here measures on `sample`.
 
     notes: where the run's workers find what one of them measured. A GPU picks its kernels by the size of a
     micro-batch, so workers with budgets of their own would not give the same bits; a CPU gives the same bits with any.
+    Without a sample, or when it cannot be encoded, the device's usual budget stays.
     """
     if encoder.spec.token_budget is not None:
         return
     if not notes.exists(_BUDGET):
-        measured = encoder.engine.measure_budget(sample)
-        notes.create(_BUDGET, json.dumps({"token_budget": measured}).encode())
+        if sample is None or not len(sample):
+            return
+        with suppress(Exception):  # encoding these texts will say what is wrong with them
+            encoder.engine.measure_budget(sample)
+        notes.create(_BUDGET, json.dumps({"token_budget": encoder.engine.budget}).encode())
     encoder.engine.budget = int(json.loads(notes.read(_BUDGET))["token_budget"])
 
 

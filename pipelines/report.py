@@ -172,10 +172,34 @@ def _build(manifest: Mapping[str, Any]) -> Html:
         [
             _bar_chart("stages", "Time by stage", bars),
             _table("Time by stage", ["Stage", "Seconds", "Time", "Share"], rows),
+            _facts("Encoding", _encoding_facts(_mapping(manifest.get("throughput")))),
             _shards(manifest),
             _facts("Size in memory and on disk", _size_facts(manifest)),
         ]
     )
+
+
+def _encoding_facts(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return the figures of the embeddings' Throughput."""
+    shares = {
+        "padding_share": "Padding, of the tokens computed",
+        "encoder_busy_share": "Encoders busy",
+        "reader_busy_share": "Readers and tokenisers busy",
+        "writer_busy_share": "Writers busy",
+    }
+    facts: list[tuple[str, Any]] = []
+    tokens, passages = _number(found.get("tokens_per_second")), _number(found.get("rows_per_second"))
+    if tokens is not None and passages is not None:
+        facts.append(("Speed", f"{tokens:,.0f} tokens/s, {passages:,.0f} passages/s"))
+        facts.append(("Encoders", f"{_count(found.get('num_encoders'))} ({found.get('device')})"))
+    facts += [
+        (label, _percent(value)) for key, label in shares.items() if (value := _number(found.get(key))) is not None
+    ]
+    achieved, limit = _number(found.get("achieved_flops")), _number(found.get("limit_flops"))
+    if achieved and limit:
+        told = f"{achieved / 1e9:,.0f} of {limit / 1e9:,.0f} GFLOP/s ({_percent(achieved / limit)})"
+        facts.append((f"Matrix products while busy, of the {found.get('compute')} limit", told))
+    return [*facts, ("Bottleneck", found.get("bottleneck"))]
 
 
 def _shards(manifest: Mapping[str, Any]) -> Html:

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from pipelines import models
 from pipelines.config import EncoderConfig
-from pipelines.encode import Encoder, describe_encoder, resolve
+from pipelines.encode import Encoder, describe_encoder, resolve, settle_budget
 from pipelines.errors import CheckpointError, ConfigError
 from pipelines.models.base import Tokens
 from pipelines.models.tokens import flatten, micro_batches, pad
+from pipelines.storage import Store
 from tests.checkpoints import write_dpr, write_sentence_transformer
 
 
@@ -202,3 +203,38 @@ def test_a_gpu_that_is_not_there_is_a_clear_refusal(checkpoint: str) -> None:
         pytest.skip("this machine has a GPU")
     with pytest.raises(ConfigError, match="no CUDA device"):
         Encoder(resolve(EncoderConfig(checkpoint=checkpoint, compute="fp32")), "passage", "cuda")
+
+
+def test_one_worker_measures_the_budget_and_the_others_take_it(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, notes = resolve(EncoderConfig(checkpoint=checkpoint, compute="fp32")), Store(str(tmp_path / "notes"))
+    first, second, told = (
+        Encoder(spec, "passage"),
+        Encoder(spec, "passage"),
+        Encoder(replace(spec, token_budget=77), "passage"),
+    )
+    sample = first.tokeniser.passages([""] * 2000, TEXTS[1:2] * 2000)
+    settle_budget(first, None, notes)
+    assert notes.files() == []
+    assert first.engine.budget == second.engine.budget
+    settle_budget(first, sample, notes)
+    assert first.engine.budget in (1024, 2048, 4096, 8192)
+
+    def measured_again(_: Any, __: Any) -> int:
+        raise AssertionError("measured twice")
+
+    monkeypatch.setattr(type(first.engine), "measure_budget", measured_again)
+    settle_budget(second, sample, notes)
+    settle_budget(told, sample, notes)
+    assert (second.engine.budget, told.engine.budget) == (first.engine.budget, 77)
+
+
+def test_a_sample_that_cannot_be_encoded_leaves_the_usual_budget(checkpoint: str, tmp_path: Path) -> None:
+    spec, notes = resolve(EncoderConfig(checkpoint=checkpoint, compute="fp32")), Store(str(tmp_path / "notes"))
+    encoder = Encoder(spec, "passage")
+    encoder.engine.forward = lambda *_: 1 / 0
+    settle_budget(encoder, flatten([[5] * 8] * 1000), notes)
+    other = Encoder(spec, "passage")
+    settle_budget(other, None, notes)
+    assert other.engine.budget == encoder.engine.budget

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.encode import _ImageEncoderActor, _ImageReader
+from cluster.encode_workers import ImageEncoderActor, ImageReader
 from pipelines import corpus, embeddings
 from pipelines.config import CorpusConfig, EncoderConfig, IndexConfig
 from pipelines.encode import Encoder, EncoderSpec, ImageEncoder, check_takes_images, resolve
@@ -261,7 +261,7 @@ def test_images_are_encoded_as_they_come_and_found_by_text(
     from pipelines.storage import Store
 
     manifest, store = ingest(tmp_path, sources=[folder], part_size=3)
-    reader, actor = _ImageReader(store), _ImageEncoderActor(spec, "cpu", 1)
+    reader, actor = ImageReader(store), ImageEncoderActor(spec, "cpu", 1, Store(str(tmp_path / "notes")), 0)
     vectors = Store(str(tmp_path)).child("embeddings", manifest["snapshot"], spec.fingerprint)
     entries = []
     for number, part in enumerate(manifest["parts"]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -21,9 +22,11 @@ from cluster.cli import main
 from pipelines.answer import answer, load_reader
 from pipelines.config import RerankConfig, load_config
 from pipelines.evaluate import score_retrieval
+from pipelines.manifest import fingerprint, put_done
 from pipelines.rerank import load_reranker, rerank
 from pipelines.retrieve import Retriever
 from pipelines.schema import Question
+from pipelines.storage import Store
 from tests.chaos.driver import PINAKES
 from tests.checkpoints import write_cross_encoder, write_dpr, write_sentence_transformer
 from tests.s3 import s3_server
@@ -163,6 +166,44 @@ def test_a_second_run_does_nothing_again(job: Job, done: dict[str, Any]) -> None
     again = pinakes_json("run", job.config(), "--quiet")
     assert all(again["stages"][s]["made"] == 0 for s in ("ingest", "encode", "index"))
     assert again["version"] == done["version"]
+
+
+def test_a_run_says_how_fast_it_encoded_and_what_held_it_back(job: Job, done: dict[str, Any]) -> None:
+    """The figures are in the manifest, in both forms of the result, and stay those of the run that did the work."""
+    found = done["stages"]["encode"]["throughput"]
+    manifest = json.loads(next((job.folder / "root").glob("embeddings/*/*/manifest.json")).read_text())
+    assert manifest["throughput"] == found
+    assert (found["num_parts"], found["num_rows"]) == (5, 300)
+    assert found["num_tokens"] == sum(part["num_tokens"] for part in manifest["parts"])
+    assert set(manifest["parts"][0]) == {
+        *("name", "num_bytes", "sha256", "num_rows", "num_tokens", "encode_seconds", "first_row")
+    }
+    assert found["padding_share"] == 0  # a BERT's texts are packed
+    assert 0 < found["encoder_busy_share"] <= 1
+    assert 0 < found["achieved_flops"] < found["limit_flops"]
+    assert 0 < found["start_seconds"] < found["seconds"]
+    assert found["bottleneck"] == "start-up"  # 300 rows are encoded long before the workers have started
+    again = " ".join(pinakes("run", job.config(), "--quiet").split())
+    assert f"encoded before: {found['num_tokens']:,} tokens" in again
+    assert "bottleneck: start-up" in again
+
+
+def test_a_resumed_run_says_what_it_did_itself(job: Job, done: dict[str, Any], tmp_path: Path) -> None:
+    """Of five parts one is missing: as a killed run leaves them, with receipts and without a manifest."""
+    root = shutil.copytree(job.folder / "root", tmp_path / "root")
+    (folder,) = root.glob("embeddings/*/*")
+    store, parts = Store(str(folder)), json.loads((folder / "manifest.json").read_text())["parts"]
+    (folder / "manifest.json").unlink()
+    (folder / "part-00003.parquet").unlink()
+    for part in parts[:3] + parts[4:]:
+        made_from = fingerprint([part["name"], part["num_rows"], folder.name])
+        facts = {key: part[key] for key in ("num_rows", "num_tokens", "encode_seconds")}
+        put_done(store, part["name"], store.read(part["name"]), made_from, facts)
+    resumed = pinakes_json("encode", job.config("resumed", root=str(root)), "--quiet")
+    stage, found = resumed["stages"]["encode"], resumed["throughput"]
+    assert (stage["made"], stage["reused"], stage["rows"]) == (1, 4, 300)
+    assert (found["num_parts"], found["num_rows"], found["num_encoders"]) == (1, 64, 1)
+    assert found["num_tokens"] == parts[3]["num_tokens"]
 
 
 def test_vectors_and_snapshot_do_not_depend_on_the_workers(job: Job, done: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ def encoder_processes() -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline"]):
         command = " ".join(process.info["cmdline"] or [])
-        if command.startswith("ray::") and "_EncoderActor" in command:
+        if command.startswith("ray::") and "EncoderActor" in command:
             found.append(process)
     return found
 

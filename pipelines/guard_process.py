@@ -1,0 +1,220 @@
+"""An encoder in a process of its own, which may die without taking anybody along: `guard` sends suspect parts there.
+
+The parent keeps one end of a pipe, the child the other. The child loads the encoder and the part once, then answers
+row ranges until the pipe closes; when it dies, the next range starts another. It holds nothing but the encoder.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy.typing as npt
+
+from pipelines.encode import Encoder, EncoderSpec, ImageEncoder, settle_budget
+from pipelines.errors import PinakesError
+from pipelines.guard import (
+    DeviceLostError,
+    Guilty,
+    RaisedThereError,
+    RangeEncoder,
+    UnusableError,
+    WorkerDiedError,
+    attempt,
+    attempts,
+    trace,
+)
+from pipelines.models.base import Tokens
+from pipelines.storage import Store
+
+Array = npt.NDArray[Any]
+Content = Tokens | list[bytes]
+"""A part as its encoder takes it: tokenised texts, or image files."""
+
+_STARTS = 2  # the first may be a victim of somebody else
+_CODE = "import sys; from pipelines.guard_process import serve; serve(int(sys.argv[1]))"
+
+
+def encode_guarded(
+    store: Store, name: str, encoder: Encoder | ImageEncoder, content: Content, device: str, allowed: int
+) -> tuple[Array, list[Guilty]]:
+    """Return emb_ND (N, D) float32 of the part `name`, and its guilty rows, with this attempt noted in `store`.
+
+    Raises what `guard.trace` raises, and DeviceLostError: then this process has to end, for another to go on.
+    """
+    with attempt(store, name) as suspect:
+        if isinstance(encoder, Encoder) and isinstance(content, Tokens):
+            # Within the attempt: what is measured is this part, and a row that kills is as deadly there.
+            settle_budget(encoder, None if suspect else content, attempts(store))
+        with range_encoder(encoder, content, device, suspect=suspect) as encode:
+            return trace(encode, len(content), encoder.spec.dim, encoder.spec.storage, allowed)
+
+
+@contextmanager
+def range_encoder(
+    encoder: Encoder | ImageEncoder, content: Content, device: str, *, suspect: bool
+) -> Iterator[RangeEncoder]:
+    """Give the function that encodes rows `start:stop` of `content`: here, or when suspect in a process of its own."""
+    if not suspect:
+        yield lambda start, stop: encode_range(encoder, content, start, stop)
+        return
+    child = ChildEncoder(encoder, content, device)
+    try:
+        yield child
+    finally:
+        child.close()
+
+
+def encode_range(encoder: Any, content: Content, start: int, stop: int) -> Array:
+    """Return emb_ND (stop - start, D) float32 of these rows. Raises DeviceLostError after which no call can succeed."""
+    try:
+        result: Array = (
+            encoder.encode_tokens(content.rows(start, stop))
+            if isinstance(content, Tokens)
+            else encoder.encode_images(content[start:stop])
+        )
+    except RuntimeError as error:
+        if device_lost(error):
+            raise DeviceLostError(str(error)) from error
+        raise
+    return result
+
+
+def device_lost(error: Exception) -> bool:
+    """Tell whether an error leaves a CUDA context that answers every later call with the same error."""
+    import torch
+
+    return isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)
+
+
+class ChildEncoder:
+    """A range encoder whose work is done by a child process; `encoder` says with what settings."""
+
+    def __init__(self, encoder: Encoder | ImageEncoder, content: Content, device: str) -> None:
+        import torch
+
+        spec = encoder.spec
+        if isinstance(encoder, Encoder):  # the same budget cuts the same micro-batches: the same vectors
+            spec = replace(spec, token_budget=encoder.engine.budget)
+        self._work = (spec, device, torch.get_num_threads(), content)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pipe: Connection | None = None
+
+    def __call__(self, start: int, stop: int) -> Array:
+        """Return emb_ND (stop - start, D) float32 of these rows.
+
+        Raises WorkerDiedError when the child died of them, UnusableError when no child gets so far as to try,
+        PinakesError and RaisedThereError for what the encoder raised.
+        """
+        if self._pipe is None:
+            self._start()
+        kind, answer = self._ask((start, stop))
+        if kind == "emb":
+            return answer
+        if kind == "lost":
+            self.close()
+            raise WorkerDiedError(f"process lost its device ({answer})")
+        raise answer
+
+    def close(self) -> None:
+        """End the child, which leaves when its pipe closes."""
+        if self._pipe is not None:
+            self._pipe.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._pipe = self._process = None
+
+    def _start(self) -> None:
+        """Start a child and wait until it has loaded its encoder."""
+        for left in reversed(range(_STARTS)):
+            ours, theirs = Pipe()
+            command = [sys.executable, "-X", "faulthandler", "-c", _CODE, str(theirs.fileno())]
+            # Output goes to stderr: stdout belongs to results.
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=2, pass_fds=[theirs.fileno()], env=_environment()
+            )
+            theirs.close()
+            self._pipe = ours
+            try:
+                kind, answer = self._ask(self._work)
+            except WorkerDiedError as error:
+                if left:
+                    continue
+                raise _unusable(f"its {error}") from error
+            if kind == "ready":
+                return
+            self.close()
+            raise UnusableError(answer) if isinstance(answer, PinakesError) else _unusable(str(answer))
+
+    def _ask(self, question: Any) -> tuple[str, Any]:
+        """Send and receive once. Raises WorkerDiedError when the child is gone."""
+        assert self._pipe is not None
+        assert self._process is not None
+        try:
+            self._pipe.send(question)
+            kind, answer = self._pipe.recv()
+        except (EOFError, OSError) as error:
+            code = self._process.wait()
+            self.close()
+            raise WorkerDiedError(f"process died ({_ending(code)})") from error
+        return kind, answer
+
+
+def serve(descriptor: int) -> None:
+    """Load an encoder and answer row ranges until the pipe closes: the child's whole life."""
+    pipe = Connection(descriptor)
+    with suppress(EOFError, OSError):
+        spec, device, num_threads, content = pipe.recv()
+        try:
+            encoder = _load(spec, content, device, num_threads)
+        except Exception as error:
+            pipe.send(("failed", _portable(error)))
+            return
+        pipe.send(("ready", None))
+        while True:
+            start, stop = pipe.recv()
+            try:
+                answer: tuple[str, Any] = ("emb", encode_range(encoder, content, start, stop))
+            except DeviceLostError as error:
+                answer = ("lost", str(error))
+            except Exception as error:
+                answer = ("failed", _portable(error))
+            pipe.send(answer)
+
+
+def _load(spec: EncoderSpec, content: Content, device: str, num_threads: int) -> Encoder | ImageEncoder:
+    if isinstance(content, Tokens):
+        return Encoder(spec, "passage", device, num_threads)
+    return ImageEncoder(spec, device, num_threads)
+
+
+def _portable(error: Exception) -> Exception:
+    """Return an error that crosses a pipe: ours as they are, others by their name and message."""
+    return error if isinstance(error, PinakesError) else RaisedThereError(f"{type(error).__name__}: {error}")
+
+
+def _unusable(why: str) -> UnusableError:
+    hint = "look at the worker's log; is there memory for the model twice?"
+    return UnusableError(PinakesError(f"the encoder cannot be loaded in a process of its own: {why}", hint=hint))
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment of a child that finds the modules that this process finds."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path)}
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    with suppress(ValueError):
+        return f"signal {-code}, {signal.Signals(-code).name}"
+    return f"signal {-code}"
