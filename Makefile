@@ -1,6 +1,8 @@
 # Everything runs in .venv, which is made from constraints.txt on first use.
 PYTHON ?= python3.11
 BIN := .venv/bin
+# An interpreter with "sentence-transformers[onnx,openvino]", for the benchmark of encoding; without, both are left out.
+PEERS_PYTHON ?= $(BIN)/python
 export RAY_USAGE_STATS_ENABLED := 0
 
 .PHONY: help setup test chaos parity bench lint types demo clean
@@ -39,6 +41,7 @@ bench: setup
 	RAY_AUTH_MODE=disabled $(BIN)/python -m tests.bench.quality
 	RAY_AUTH_MODE=disabled $(BIN)/python -m tests.bench.pipeline
 	RAY_AUTH_MODE=disabled $(BIN)/python -m tests.bench.memory
+	RAY_AUTH_MODE=disabled $(BIN)/python -m tests.bench.encode --peers-python $(PEERS_PYTHON)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from cluster import cli_files
+from cluster import cli_files, cli_index, cli_vectors, cli_verify
 from cluster.console import Json, Quiet, load, progress, show
 from pipelines.errors import PinakesError
 
@@ -220,3 +220,6 @@ def demo(
 
 
 app.add_typer(cli_files.app)
+app.add_typer(cli_index.app)
+app.add_typer(cli_vectors.app)
+app.add_typer(cli_verify.app)

@@ -67,7 +67,8 @@ def encode(
         with progress.stage("encode", len(parts)) as stage:
             stage.advance(len(parts), reused=True, rows=snapshot["num_rows"])
             stage.throughput = finished.get("throughput")
-        return finished
+        # The folder is named by the passage side alone: the query encoder is the one asked for now.
+        return {**finished, "encoder": spec.as_dict()}
     passages = corpus.corpus_store(root, snapshot["corpus"]).child(snapshot["snapshot"])
     allowed = guard.num_allowed(snapshot["num_rows"], max_quarantined_share)
     began = time.time()

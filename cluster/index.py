@@ -1,7 +1,10 @@
-"""`index` on a cluster: train once, add groups in parallel, merge shards, write passages, verify, publish."""
+"""`index` on a cluster: train once, add groups in parallel, merge shards, write passages, tune, verify, publish."""
 
 from __future__ import annotations
 
+import json
+import time
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,12 +16,11 @@ from pipelines.build import BuildPlan, Rows, ShardPlan
 from pipelines.config import IndexConfig
 from pipelines.encode import Encoder
 from pipelines.errors import ArtifactError
-from pipelines.evaluate import read_questions, recall_at, recall_half_width
-from pipelines.index.search import merge_topk
+from pipelines.evaluate import read_questions
+from pipelines.index.search import merge_topk, search
+from pipelines.index.tune import HeldOut, Params, Trial, tune
 from pipelines.manifest import Receipt, find_finished
 from pipelines.retrieve import LocalShard, bound_encoder
-
-_RECALL_K = 10
 
 
 def build_version(
@@ -32,9 +34,11 @@ def build_version(
     """Build and publish the index of `embedded`; a version that exists already is returned at once.
 
     questions: URL of the questions that recall is measured on; without it, sentences sampled from the passages.
+    Raises QualityError when its recall, measured now or when it was published, misses the target.
     """
     plan = build.plan_build(root, config, snapshot, embedded, largest_node_cpus())
     if published := find_finished(plan.store, "version", plan.work):
+        publish.check_recall(plan, published)
         with progress.stage("index", len(plan.shards)) as stage:
             stage.advance(len(plan.shards), reused=True, rows=plan.num_rows)
         return published
@@ -43,6 +47,7 @@ def build_version(
     except ArtifactError:
         # Another driver may have published this very version, and cleared its work folder, under our hands.
         if published := find_finished(plan.store, "version", plan.work):
+            publish.check_recall(plan, published)
             return published
         raise
 
@@ -59,9 +64,7 @@ def _build(plan: BuildPlan, progress: Progress, questions: str | None) -> dict[s
             stage.advance(reused=all(r.reused for r in receipts), rows=receipts[0].facts["num_rows"])
     files = [trained, *shards, *passages]
     content = publish.version_content(plan, files, None, {n: s["seconds"] for n, s in progress.stages.items()})
-    with progress.stage("verify", 1) as stage:
-        content["recall"] = _measure_recall(plan, content, questions)
-        stage.advance()
+    _measure_recall(plan, content, progress, questions)
     with progress.stage("publish", 1) as stage:
         manifest = publish.publish(plan, content)
         stage.advance()
@@ -90,24 +93,49 @@ def _build_shards(plan: BuildPlan, trained: Receipt, progress: Progress) -> list
     return [done[shard.number] for shard in plan.shards]
 
 
-def _measure_recall(plan: BuildPlan, content: dict[str, Any], questions: str | None) -> dict[str, Any]:
-    """Return recall@k of the built shards against exact search, on queries that are not stored vectors."""
-    k = min(_RECALL_K, plan.num_rows)
-    queries_BD = run_task(_queries_task, plan, questions)
-    exact = [
-        found for _, found in run_tasks(_exact_task, [g for s in plan.shards for g in s.groups], plan, queries_BD, k)
-    ]
-    numbers = range(len(plan.shards))
-    approximate = [found for _, found in run_tasks(_search_task, numbers, plan.root, content, queries_BD, k)]
-    (_, exact_QK), (_, found_QK) = merge_topk(exact, k), merge_topk(approximate, k)
-    return {
-        "k": k,
-        "value": round(recall_at(found_QK, exact_QK, k), 5),
-        "ci95": round(recall_half_width(found_QK, exact_QK, k), 5),
-        "num_queries": len(queries_BD),
+def _measure_recall(plan: BuildPlan, content: dict[str, Any], progress: Progress, questions: str | None) -> None:
+    """Tune the search parameters, where there are any to tune, and measure recall@k; both go into `content`."""
+    held_out, facts = None, {}
+    if plan.tunable:
+        with progress.stage("tune") as stage:
+            tune_on, held_out = _held_out(plan, questions).halves(plan.config.seed)
+
+            def measure(params: Params) -> Trial:
+                stage.advance()
+                return _try(plan, content, tune_on, params)
+
+            tuned = tune(plan.tunable, measure, plan.config.min_recall or 0.0)
+            content["search_params"], facts = tuned.best.params, tuned.facts(len(tune_on))
+    with progress.stage("verify", 1) as stage:
+        held_out = held_out or _held_out(plan, questions)
+        found = _try(plan, content, held_out, content["search_params"])
+        stage.advance()
+    content["recall"] = {
+        "k": held_out.k,
+        "value": round(found.recall, 5),
+        "ci95": round(found.half_width, 5),
+        "num_queries": len(held_out),
         "target": plan.config.min_recall,
         "queries": "questions" if questions else "sampled sentences",
+        **facts,
     }
+
+
+def _held_out(plan: BuildPlan, questions: str | None) -> HeldOut:
+    """Return queries that are not stored vectors, with what exact search finds for them."""
+    queries_QD, k = run_task(_queries_task, plan, questions), min(build.RECALL_K, plan.num_rows)
+    groups = [group for shard in plan.shards for group in shard.groups]
+    exact = [found for _, found in run_tasks(_exact_task, groups, plan, queries_QD, k)]
+    return HeldOut(queries_QD, merge_topk(exact, k)[1])
+
+
+def _try(plan: BuildPlan, content: dict[str, Any], asked: HeldOut, params: Params) -> Trial:
+    """Search all shards with one setting, as serving would."""
+    manifest = json.dumps({**{key: content[key] for key in ("name", "version", "dim", "files")}, "search_params": {}})
+    numbers = range(len(plan.shards))
+    answers = [a for _, a in run_tasks(_search_task, numbers, plan.root, manifest, asked.queries_QD, asked.k, params)]
+    _, found_QK = merge_topk([hits for hits, _ in answers], asked.k)
+    return asked.trial(params, found_QK, sum(seconds for _, seconds in answers))
 
 
 def _queries_task(plan: BuildPlan, questions: str | None) -> Any:
@@ -143,5 +171,14 @@ def _exact_task(rows: Rows, plan: BuildPlan, queries_BD: Any, k: int) -> Any:
     return build.exact_in(plan, rows, queries_BD, k)
 
 
-def _search_task(number: int, root: str, content: dict[str, Any], queries_BD: Any, k: int) -> Any:
-    return LocalShard(root, content, number).search(queries_BD, k)
+def _search_task(number: int, root: str, manifest: str, queries_BD: Any, k: int, params: Params) -> Any:
+    shard = _open_shard(root, manifest, number)
+    start = time.perf_counter()
+    hits = search(shard.index, queries_BD, k, params, num_threads=1)
+    return hits, time.perf_counter() - start
+
+
+@lru_cache(maxsize=64)
+def _open_shard(root: str, manifest: str, number: int) -> LocalShard:
+    """Open a shard once a process: its file is read whole to check it, which each setting tried would pay again."""
+    return LocalShard(root, json.loads(manifest), number)

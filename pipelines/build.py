@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -25,13 +25,15 @@ from pipelines.config import IndexConfig
 from pipelines.errors import ArtifactError
 from pipelines.index.build import add, clone_empty, finish, merge, quantizer_digest, read, train, write
 from pipelines.index.search import exact_topk
-from pipelines.index.spec import IndexSpec, Metric, parse_spec
+from pipelines.index.spec import IndexSpec, Metric, new_index, parse_spec
+from pipelines.index.tune import Knob, knobs
 from pipelines.manifest import Receipt, ensure, find_done, fingerprint, put_done
 from pipelines.schema import FORMAT_VERSION, PASSAGE
 from pipelines.storage import Store, temporary_file
 
 Array = npt.NDArray[Any]
 TRAINED = "trained.faiss"
+RECALL_K = 10
 _PASSAGES_IN_BATCH = 4096
 
 
@@ -70,12 +72,16 @@ class BuildPlan:
     metric: Metric
     shards: tuple[ShardPlan, ...]
     num_threads: int
+    tunable: tuple[Knob, ...] = ()
+    """Search parameters to be found for the recall target; none where they are given, or nothing is to be found."""
 
     @property
     def version(self) -> str:
-        """Return the version's name: a fingerprint of all that determines its files."""
+        """Return the version's name: a fingerprint of all that determines its files and its search parameters."""
         encoder = self.embeddings["encoder"]
-        settings = self.config.model_dump(exclude={"name", "min_recall", "recall_queries"})
+        # A target that only admits or refuses leaves the version what it is; one that is tuned to decides it.
+        aside = {"name"} if self.tunable else {"name", "min_recall", "recall_queries"}
+        settings = self.config.model_dump(exclude=aside)
         identity = [encoder["fingerprint"], encoder["query_fingerprint"], self.embeddings["snapshot"]]
         return fingerprint([FORMAT_VERSION, *identity, self.metric, len(self.shards), settings])
 
@@ -123,7 +129,11 @@ def plan_build(
     for number, rows in enumerate(_cut(Rows(0, num_rows), min(num_shards, num_rows))):
         num_groups = -(-len(rows) // config.group_rows) if mergeable else 1
         shards.append(ShardPlan(number, rows, tuple(_cut(rows, num_groups))))
-    return BuildPlan(root, config, embedded, snapshot, metric, tuple(shards), num_threads)
+    plan = BuildPlan(root, config, embedded, snapshot, metric, tuple(shards), num_threads)
+    if config.min_recall is None or config.search_params:
+        return plan
+    fewest = min(len(shard.rows) for shard in shards)
+    return replace(plan, tunable=tuple(knobs(new_index(plan.spec), fewest, min(RECALL_K, num_rows))))
 
 
 def _cut(rows: Rows, pieces: int) -> Iterator[Rows]:

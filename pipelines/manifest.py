@@ -127,6 +127,8 @@ def read_manifest(store: Store, kind: str) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(store.read(MANIFEST))
     except ValueError as error:
         raise ArtifactError(f"the manifest is not JSON: {error}", where=where, hint="restore it or rebuild") from error
+    if not isinstance(manifest, dict):
+        raise ArtifactError("the manifest is no JSON object", where=where, hint="restore it or rebuild")
     if manifest.get("kind") != kind:
         raise ArtifactError(f"the manifest is of kind {manifest.get('kind')!r}", where=where, expected=kind)
     if manifest.get("format_version", 0) > FORMAT_VERSION:

@@ -9,6 +9,7 @@ from typing import Any
 
 from pipelines.build import BuildPlan
 from pipelines.errors import ArtifactError, ConfigError, QualityError, nearest
+from pipelines.index.candidates import finer
 from pipelines.manifest import Receipt, drop_receipts, has_manifest, package_versions, read_manifest, write_manifest
 from pipelines.schema import FORMAT_VERSION
 from pipelines.storage import Store
@@ -41,6 +42,7 @@ def version_content(
         "search_params": plan.config.search_params,
         "recall": recall,
         "timings_seconds": seconds,
+        "throughput": plan.embeddings.get("throughput"),
         "files": {r.name: {k: v for k, v in r.as_entry().items() if k != "name"} for r in files},
         "config": plan.config.model_dump(),
         "packages": package_versions(),
@@ -52,19 +54,41 @@ def publish(plan: BuildPlan, content: dict[str, Any]) -> dict[str, Any]:
 
     Raises QualityError when the measured recall misses the target: the files stay, nothing is published.
     """
-    recall, target = content["recall"], plan.config.min_recall
-    if target is not None and recall is not None and recall["value"] < target:
-        raise QualityError(
-            f"recall@{recall['k']} is {recall['value']:.4f} on {recall['num_queries']} held-out queries",
-            where=plan.store.path(),
-            expected=f"at least {target} (index.min_recall)",
-            hint="raise index.search_params (nprobe, efSearch), choose a finer factory, or lower the target",
-        )
+    check_recall(plan, content)
     plan.store.put(REPORT, render(content, None))
     manifest = write_manifest(plan.store, "version", content)
     plan.work.remove_all()
     drop_receipts(plan.store)
     return manifest
+
+
+def check_recall(plan: BuildPlan, content: dict[str, Any]) -> None:
+    """Raise QualityError when the recall misses its target, naming the nearest that can be had."""
+    recall, target = content["recall"], plan.config.min_recall
+    if target is None or recall is None:
+        return
+    tuning = recall.get("tuning", {"reached": True})
+    if recall["value"] >= target and tuning["reached"]:
+        return
+    told = f"recall@{recall['k']} is {recall['value']:.4f} ± {recall['ci95']:.4f}"
+    setting = ", ".join(f"{name} {value}" for name, value in content["search_params"].items())
+    others = " or ".join(repr(factory) for factory in finer(plan.spec))
+    choose = f"set index.factory to {others}, or lower the target" if others else "lower the target"
+    if not tuning["reached"]:
+        what = f"{told} at best, at {setting}"
+        hint = f"{plan.config.factory!r} reaches {recall['value']:.2f} at {setting}, its widest search; {choose}"
+    elif "tuning" in recall:
+        what = f"{told} at {setting}, which reached {tuning['value']:.4f} on the {tuning['num_queries']} tuned on"
+        hint = f"raise index.recall_queries to tune more surely, set index.search_params yourself, or {choose}"
+    else:
+        what, raised = told, "raise index.search_params (nprobe, efSearch), or " if plan.config.search_params else ""
+        hint = raised + choose
+    raise QualityError(
+        f"{what}, on {recall['num_queries']} held-out queries",
+        where=plan.store.path(),
+        expected=f"at least {target} (index.min_recall)",
+        hint=hint,
+    )
 
 
 def render(manifest: dict[str, Any], evaluation: dict[str, Any] | None) -> bytes:

@@ -238,3 +238,19 @@ def test_a_sample_that_cannot_be_encoded_leaves_the_usual_budget(checkpoint: str
     other = Encoder(spec, "passage")
     settle_budget(other, None, notes)
     assert other.engine.budget == encoder.engine.budget
+
+
+def test_embeddings_in_place_take_the_query_encoder_of_now(checkpoint: str, tmp_path: Path) -> None:
+    """The folder's name covers the passage side: another query encoder must not be bound to the old one's word."""
+    from cluster.encode import embedding_store, encode
+    from cluster.progress import Progress
+    from pipelines.config import ClusterConfig
+    from pipelines.manifest import write_manifest
+
+    before = resolve(EncoderConfig(checkpoint=checkpoint))
+    now = replace(before, query_checkpoint="another", query_digest="0" * 64)
+    assert (now.fingerprint, now.query_fingerprint != before.query_fingerprint) == (before.fingerprint, True)
+    snapshot = {"snapshot": "s", "corpus": "c", "parts": [], "num_rows": 0}
+    write_manifest(embedding_store(str(tmp_path), "s", before), "embeddings", {"encoder": before.as_dict()})
+    found = encode(str(tmp_path), snapshot, now, ClusterConfig(), Progress(quiet=True))
+    assert found["encoder"] == now.as_dict()

@@ -54,6 +54,7 @@ def test_the_first_manifest_stands(tmp_path: Path) -> None:
     [
         (None, "no finished snapshot"),
         ("{", "not JSON"),
+        ("[]", "no JSON object"),
         (json.dumps({"kind": "version", "format_version": 1}), "of kind 'version'"),
         (json.dumps({"kind": "snapshot", "format_version": 99}), "newer than this program"),
     ],

@@ -45,13 +45,29 @@ def pinakes(*arguments: str) -> dict[str, Any]:
     return result
 
 
-def keep(name: str, results: dict[str, Any]) -> None:
-    """Write the results, with machine and versions, to tests/bench/results/."""
+def keep(name: str, results: dict[str, Any], *, merge: bool = False) -> None:
+    """Write the results, with machine and versions, to tests/bench/results/.
+
+    merge: keep what earlier runs on the same machine put beside the keys of `results`. Each key then has the versions
+    it was measured with as its own "packages".
+    """
     from pipelines.manifest import package_versions
 
     with open("/proc/cpuinfo") as lines:
         cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
     machine = {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version()}
+    packages = package_versions()
     RESULTS.mkdir(exist_ok=True)
-    content = {"machine": machine, "packages": package_versions(), **results}
+    if merge:
+        before = kept(name)
+        results = {key: {**value, "packages": packages} for key, value in results.items()}
+        content = {**(before if before.get("machine") == machine else {}), "machine": machine, **results}
+    else:
+        content = {"machine": machine, "packages": packages, **results}
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def kept(name: str) -> dict[str, Any]:
+    """Return what `keep` wrote last, or {}."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else {}

@@ -1,0 +1,144 @@
+"""`pinakes plan`: the indexes that a corpus can have, before anything is built (see pipelines/index/candidates.py)."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from cluster.console import Json, load, show
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from pipelines.config import Config
+
+app = typer.Typer()
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+@app.command(epilog="Example: pinakes plan --rows 21015324 --dim 768 --memory 32GB. For a corpus that was ingested: "
+             "pinakes plan configs/wikipedia-dpr.yaml --memory 32GB")  # fmt: skip
+def plan(
+    config: Annotated[
+        str | None, typer.Argument(help="A YAML config, for rows, width, metric, shards.", metavar="[CONFIG]")
+    ] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Passages; from CONFIG, those of its snapshot.")] = None,
+    dim: Annotated[int | None, typer.Option(min=1, help="Width of the vectors; from CONFIG, its encoder's.")] = None,
+    metric: Annotated[Literal["ip", "l2"] | None, typer.Option(help="ip if nothing else is said.")] = None,
+    shards: Annotated[int | None, typer.Option(min=1, help="Shards, which each repeat the quantizer.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="What a replica may use, e.g. 8GB or 8GiB: says which indexes fit.")
+    ] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key of CONFIG.")] = None,
+    json_: Json = False,
+) -> None:
+    """List the indexes that are valid for a corpus, best expected recall first, with their memory. Builds nothing."""
+    loaded = load(config, set_) if config else None
+    budget = parse_bytes(memory) if memory is not None else None
+    show(candidates_for(loaded, rows, dim, metric, shards, budget), json_, plan_table)
+
+
+def candidates_for(
+    config: Config | None,
+    rows: int | None,
+    dim: int | None,
+    metric: Literal["ip", "l2"] | None,
+    shards: int | None,
+    budget: int | None,
+) -> dict[str, Any]:
+    """Return the candidates, what they are for, and whether each fits `budget` bytes; what is given beats `config`.
+
+    Raises ConfigError when rows or width are neither given nor to be had from the config.
+    """
+    from pipelines.errors import ConfigError
+    from pipelines.index.candidates import candidates
+
+    if config is None and (rows is None or dim is None):
+        raise ConfigError("how many vectors of what width is not clear", where="pinakes plan",
+                          expected="a CONFIG, or both --rows and --dim")  # fmt: skip
+    if config is not None:
+        rows, dim = rows or _num_rows(config), dim or _dim(config)
+        metric = metric or (None if config.index.metric == "auto" else config.index.metric)
+        shards = shards or config.index.num_shards or -(-rows // config.index.max_shard_rows)
+    assert rows is not None
+    assert dim is not None
+    metric, shards = metric or "ip", min(shards or 1, rows)
+    found = [c.as_dict(budget) for c in candidates(rows, dim, metric, shards)]
+    told = {"num_rows": rows, "dim": dim, "metric": metric, "num_shards": shards, "budget_bytes": budget}
+    fitting = [c for c in found if c["fits"]]
+    best = next((c["factory"] for c in fitting), None)
+    quick = next((c["factory"] for c in fitting if c["search"] != "scan"), None)
+    return {**told, "candidates": found, "best": best, "best_without_scan": quick}
+
+
+def plan_table(result: dict[str, Any]) -> Table:
+    """Return the candidates as a table for the terminal."""
+    from rich.table import Table
+
+    budget = result["budget_bytes"]
+    shards = f" in {result['num_shards']} shards" if result["num_shards"] > 1 else ""
+    title = f"Indexes for {result['num_rows']:,} vectors of width {result['dim']} ({result['metric']}){shards}"
+    advice = "Recall is what such codes usually allow; set index.min_recall, and the build tunes, measures and refuses."
+    if budget is not None:
+        named = dict.fromkeys(f for f in (result["best"], result["best_without_scan"]) if f)
+        best = ", or without a scan ".join(named) or "none"
+        advice = f"Best that fits {_human(budget)}: {best}. {advice}"
+    table = Table(title=title, caption=advice)
+    table.add_column("factory", no_wrap=True)
+    table.add_column("recall")
+    table.add_column("search")
+    table.add_column("B/vector", justify="right")
+    table.add_column("memory", justify="right")
+    if budget is not None:
+        table.add_column("fits")
+    for c in result["candidates"]:
+        size = f"{c['bytes_per_vector']:,.0f}"
+        fits = ["yes" if c["fits"] else "no"] if budget is not None else []
+        table.add_row(c["factory"], c["recall"], c["search"], size, _human(c["memory_bytes"]), *fits)
+    return table
+
+
+def parse_bytes(text: str) -> int:
+    """Return the bytes that `8GB`, `512 MiB` or a plain number says. Raises ConfigError for anything else, and 0."""
+    from pipelines.errors import ConfigError
+
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
+    if not found or found[2] not in _UNITS or not (size := int(float(found[1]) * _UNITS[found[2]])):
+        raise ConfigError(f"cannot read the size {text!r}", where="--memory", expected="for example 8GB, 512MiB, 1.5TB")
+    return size
+
+
+def _num_rows(config: Config) -> int:
+    from pipelines import corpus
+    from pipelines.errors import ConfigError
+
+    snapshot = corpus.find_snapshot(config.root, corpus.plan_ingest(config.corpus))
+    if snapshot is None:
+        raise ConfigError(
+            f"the corpus {config.corpus.name!r} has no snapshot that says how many passages it holds",
+            where=config.root,
+            expected="--rows, or a corpus that was ingested",
+            hint="run `pinakes ingest CONFIG` first, or pass --rows",
+        )
+    return int(snapshot["num_rows"])
+
+
+def _dim(config: Config) -> int:
+    from pipelines.encode import describe_encoder
+    from pipelines.models.fetch import fetch
+
+    encoder = config.encoder
+    info, _ = describe_encoder(encoder.checkpoint, fetch(encoder.checkpoint), encoder.similarity, encoder.formatting)
+    return int(info.dim)
+
+
+def _human(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.3g} TB"
