@@ -28,8 +28,8 @@ from tests.test_pipeline import Job, pinakes, pinakes_json
 
 CHECKS = {"manifest", "files", "leftovers", "snapshot", "shards", "passages", "embeddings", "encoders", "sample"}
 # What no other part of a version repeats, so that a change of it alone cannot be seen.
-FREE = ["created", "timings_seconds", "packages", "recall", "factory", "corpus", "config.name", "config.min_recall",
-        "config.recall_queries", "files.trained.faiss.train_rows"]  # fmt: skip
+FREE = ["created", "timings_seconds", "throughput", "packages", "recall", "factory", "corpus", "config.name",
+        "config.min_recall", "config.recall_queries", "files.trained.faiss.train_rows"]  # fmt: skip
 # What a fingerprint repeats of the encoder; where its files are can change.
 ENCODER = ["family", "query_family", "dim", "similarity", "max_length", "compute", "storage", "formatting", "digest",
            "query_digest", "fingerprint", "query_fingerprint"]  # fmt: skip
@@ -432,7 +432,12 @@ def test_the_command_resolves_aliases_and_versions(built: Built, ray_cluster: st
     by_alias = pinakes_json("verify", "--name", "ivf", *root)
     by_version = pinakes_json("verify", built.versions["ivf"], *root)
     spread = pinakes_json("verify", built.versions["ivf"], *root, "--address", ray_cluster)
-    assert by_alias == by_version == spread
+    # Cosines and scores of a re-encoding differ in their last digits with the number of threads.
+    told_by = [
+        [(f["check"], f["state"], f.get("where")) for f in found["findings"]]
+        for found in (by_alias, by_version, spread)
+    ]
+    assert told_by[0] == told_by[1] == told_by[2]
     assert (by_alias["state"], by_alias["counts"]["failed"]) == ("sound", 0)
     told = pinakes("verify", "--name", "flat", *root)
     assert "sound" in told

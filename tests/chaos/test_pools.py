@@ -16,6 +16,8 @@ import pytest
 from cluster.pools import encode_resources, stream_rows
 from pipelines.config import ClusterConfig
 
+pytestmark = pytest.mark.chaos
+
 _ENCODER_SECONDS = 1.0  # until a test has seen what it waits for; then parts take no time
 
 
