@@ -241,7 +241,8 @@ def test_a_flipped_byte_of_the_manifest_is_found_where_it_means_something(flat: 
     try:
         faults = flat.failed(2)
         try:
-            same = without_free(json.loads(path.read_bytes())) == without_free(flat.manifest)
+            found = {key: value for key, value in json.loads(path.read_bytes()).items() if key in flat.manifest}
+            same = without_free(found) == without_free(flat.manifest)  # an unknown key means nothing
         except (ValueError, KeyError, AttributeError):
             same = False
         assert faults or same
