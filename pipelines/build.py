@@ -61,6 +61,17 @@ class ShardPlan:
         return f"shard-{self.number:03d}.faiss"
 
 
+def version_name(identity: list[Any], settings: dict[str, Any], *, tuned: bool) -> str:
+    """Return the name of a version. tuned: whether its search parameters were found for the recall target.
+
+    identity: format version, passage and query encoder's fingerprint, snapshot, metric, number of shards.
+    settings: its index config. A target that only admits or refuses leaves the version what it is; one that is tuned
+    to decides it.
+    """
+    aside = {"name"} if tuned else {"name", "min_recall", "recall_queries"}
+    return fingerprint([*identity, {key: value for key, value in settings.items() if key not in aside}])
+
+
 @dataclass(frozen=True)
 class BuildPlan:
     """Everything a step needs: where things are, what is built, and the version it becomes."""
@@ -79,11 +90,9 @@ class BuildPlan:
     def version(self) -> str:
         """Return the version's name: a fingerprint of all that determines its files and its search parameters."""
         encoder = self.embeddings["encoder"]
-        # A target that only admits or refuses leaves the version what it is; one that is tuned to decides it.
-        aside = {"name"} if self.tunable else {"name", "min_recall", "recall_queries"}
-        settings = self.config.model_dump(exclude=aside)
         identity = [encoder["fingerprint"], encoder["query_fingerprint"], self.embeddings["snapshot"]]
-        return fingerprint([FORMAT_VERSION, *identity, self.metric, len(self.shards), settings])
+        shape = [self.metric, len(self.shards)]
+        return version_name([FORMAT_VERSION, *identity, *shape], self.config.model_dump(), tuned=bool(self.tunable))
 
     @property
     def dim(self) -> int:

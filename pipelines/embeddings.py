@@ -73,7 +73,7 @@ def read_vectors(store: Store, entry: dict[str, Any], dim: int) -> Array:
             f"the embedding part holds vectors of shape {vectors.shape}",
             where=where,
             expected=f"({entry['num_rows']}, {dim})",
-            hint="another encoder wrote it: delete it and run `pinakes encode` again",
+            hint="another encoder wrote it: delete it and the folder's manifest.json, then run `pinakes encode` again",
         )
     return vectors
 
@@ -91,7 +91,7 @@ def decode_vectors(data: bytes, where: str) -> Array:
             f"not an embedding part: {error}",
             where=where,
             expected="Parquet with a `vector` column of fixed_size_list",
-            hint="delete it and run `pinakes encode` again",
+            hint="delete it and the folder's manifest.json, then run `pinakes encode` again",
         ) from error
 
 

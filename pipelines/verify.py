@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from pipelines import corpus
-from pipelines.build import TRAINED
+from pipelines.build import TRAINED, version_name
 from pipelines.errors import ArtifactError, CheckpointError, ConfigError, InputError, PinakesError
-from pipelines.manifest import MANIFEST, fingerprint, has_manifest, read_manifest
+from pipelines.manifest import MANIFEST, has_manifest, read_manifest
 from pipelines.publish import index_store
 from pipelines.retrieve import bound_encoder
 from pipelines.storage import Store
@@ -184,12 +184,10 @@ def _identities(manifest: dict[str, Any], name: str, version: str) -> Iterator[t
     yield "encoder.query_fingerprint", query, str(encoder.get("query_fingerprint"))
     yield "embeddings", passage, manifest["embeddings"]
     yield "dim", str(spec.dim), str(manifest["dim"])
-    # As `BuildPlan.version` has it, from the settings as they were then: newer programs may know more of them.
-    is_tuned = "tuning" in (manifest["recall"] or {})
-    aside = ("name",) if is_tuned else ("name", "min_recall", "recall_queries")
-    settings = {k: v for k, v in manifest["config"].items() if k not in aside}
+    # From the settings as they were then: newer programs may know more of them.
     identity = [manifest["format_version"], passage, query, manifest["snapshot"]]
-    yield "settings", version, fingerprint([*identity, manifest["metric"], manifest["num_shards"], settings])
+    shape, is_tuned = [manifest["metric"], manifest["num_shards"]], "tuning" in (manifest["recall"] or {})
+    yield "settings", version, version_name([*identity, *shape], manifest["config"], tuned=is_tuned)
 
 
 # Files

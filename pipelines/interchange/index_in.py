@@ -31,7 +31,7 @@ from pipelines.interchange.foreign_index import Foreign, adopt, open_foreign
 from pipelines.interchange.matching import Count, RowLookup, read_part_ids, refuse_misfits
 from pipelines.interchange.sample import check_sample
 from pipelines.interchange.sources import BY_POSITION, IdSource, open_ids
-from pipelines.manifest import Receipt, find_finished, fingerprint, put_done
+from pipelines.manifest import Receipt, find_finished, put_done
 from pipelines.retrieve import LocalShard, bound_encoder
 from pipelines.schema import FORMAT_VERSION
 from pipelines.storage import temporary_file
@@ -66,10 +66,9 @@ class ForeignPlan(BuildPlan):
     @property
     def version(self) -> str:
         """Return the version's name: a fingerprint as of any build, with the imported file among its settings."""
-        aside = ("name", "min_recall", "recall_queries")
-        settings = {key: value for key, value in self.settings.items() if key not in aside}
         identity = [self.encoder.fingerprint, self.encoder.query_fingerprint, self.snapshot["snapshot"]]
-        return fingerprint([FORMAT_VERSION, *identity, self.metric, len(self.shards), settings])
+        shape = [self.metric, len(self.shards)]
+        return build.version_name([FORMAT_VERSION, *identity, *shape], self.settings, tuned=False)
 
 
 def plan_import(
