@@ -6,7 +6,10 @@
     ├── CheckpointError         4   a model directory that is unrecognised, incomplete or not what was declared
     ├── ArtifactError           5   a part, shard, manifest or alias that is missing, damaged or does not belong
     ├── StorageError            6   the store refused: full, forbidden, unreachable, lost a race
-    └── QualityError            7   a version that misses its recall target; nothing was published
+    ├── QualityError            7   a version that misses its target; nothing was published or promoted
+    └── ServiceError            8   the search service can't be reached, or does not answer as one
+        ├── BusyError           8   it has too much to do, or too little time: ask again after `retry_seconds`
+        └── AccessError         8   it wants a key, another key, or one with more rights
 
 A message says what was wrong and where, what was expected, and the next step.
 """
@@ -75,3 +78,26 @@ class StorageError(PinakesError):
 
 class QualityError(PinakesError):
     exit_code = 7
+
+
+class ServiceError(PinakesError):
+    exit_code = 8
+
+
+class BusyError(ServiceError):
+    """Refuse for now. retry_seconds: after which asking again makes sense; status: 503, or 429 for one's own excess."""
+
+    def __init__(self, what: str, *, retry_seconds: float = 1.0, status: int = 503, **pieces: str) -> None:
+        super().__init__(what, **pieces)
+        self.retry_seconds, self.status = retry_seconds, status
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild_busy, (self.what, self.retry_seconds, self.status, self.where, self.expected, self.hint)
+
+
+class AccessError(ServiceError):
+    pass
+
+
+def _rebuild_busy(what: str, seconds: float, status: int, where: str, expected: str, hint: str) -> BusyError:
+    return BusyError(what, retry_seconds=seconds, status=status, where=where, expected=expected, hint=hint)
