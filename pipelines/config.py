@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipelines.errors import ConfigError, nearest
 from pipelines.models.base import Formatting
@@ -16,6 +16,27 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
+class MetadataConfig(Strict):
+    """A fact that every passage carries beside its text, to be filtered by and shown; a bare name is a string."""
+
+    name: str = Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]{0,99}$")
+    type: Literal["string", "int", "float", "bool", "strings"] = "string"
+    """A value that does not fit sends its row to quarantine; an empty cell or an absent key is no value."""
+    column: str | None = Field(default=None, min_length=1)
+    """Its column or key in the sources, where that is not its name; `a.b` looks into nested JSON objects."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_name(cls, content: Any) -> Any:
+        return {"name": content} if isinstance(content, str) else content
+
+    @model_validator(mode="after")
+    def _not_reserved(self) -> MetadataConfig:
+        if self.name == "any":
+            raise ValueError("`any` is a word of the filter language: give the field another name, and `column: any`")
+        return self
+
+
 class CorpusConfig(Strict):
     """Where passages come from and when a row is refused."""
 
@@ -24,6 +45,8 @@ class CorpusConfig(Strict):
     """Paths, globs or URLs (local, s3://, https://); with `format: pydocs`, names of installed packages."""
     format: Literal["auto", "tsv", "csv", "jsonl", "parquet", "pydocs", "images"] = "auto"
     columns: dict[Literal["id", "title", "text", "answers"], str] = {}
+    metadata: list[MetadataConfig] = []
+    """Further columns or keys, carried along with every passage: `[lang, {name: year, type: int}]`."""
     part_size: int = Field(default=16_384, ge=1)
     """Passages in a part, the unit of work and of resume; images: at most 1,024."""
     split_bytes: int = Field(default=64 << 20, ge=1)
@@ -32,6 +55,15 @@ class CorpusConfig(Strict):
     """A longer row goes to quarantine (often it is an unclosed quote); photographs need more."""
     max_quarantined_share: float = Field(default=0.01, ge=0, le=1)
     """The run fails when a larger share of the rows is quarantined, at ingest or because they cannot be encoded."""
+
+    @model_validator(mode="after")
+    def _metadata_once(self) -> CorpusConfig:
+        names = [field.name for field in self.metadata]
+        if len(set(names)) < len(names):
+            raise ValueError(f"metadata names a field twice: {', '.join(sorted(names))}")
+        if names and self.format in ("pydocs", "images"):
+            raise ValueError(f"format {self.format} has no columns to take metadata from")
+        return self
 
 
 class EncoderConfig(Strict):
@@ -123,13 +155,56 @@ class QuestionsConfig(Strict):
     """Directory of the reader's T5 tokeniser."""
 
 
+Count = Annotated[int, Field(ge=1)]
+
+
+def _check_order(value: int | tuple[int, int]) -> int | tuple[int, int]:
+    if not isinstance(value, int) and value[0] > value[1]:
+        raise ValueError("[min, max] with min <= max")
+    return value
+
+
+Replicas = Annotated[Count | tuple[Count, Count], AfterValidator(_check_order)]
+
+
+class PromoteConfig(Strict):
+    """What a version must keep to be promoted."""
+
+    max_quality_loss: float = Field(default=0.01, ge=0, le=1)
+    """The most that a score may lie below the current version's, on the same questions."""
+    smoke_queries: int = Field(default=8, ge=1)
+    """Queries, taken from the version's own passages, that it must answer."""
+
+
 class ServeConfig(Strict):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
-    replicas: int = Field(default=1, ge=1)
-    """Of the gateway, and of the reranker and the reader where there are any."""
+    proxy: Literal["python", "haproxy"] = "python"
+    """haproxy: several times the requests a second; its port is open on every interface of the machine, without TLS."""
+    replicas: Replicas = 1
+    """Of the gateway: a number, or [min, max] to follow the load."""
+    shard_replicas: Replicas = 1
+    """Of every shard deployment, with placement "spread"."""
+    stage_replicas: Replicas = 1
+    """Of the reranker and of the reader."""
     placement: Literal["together", "spread"] = "together"
-    """together: every replica maps all shards; spread: a deployment for each shard."""
+    """together: every replica maps all shards; spread: shards are deployments of their own."""
+    threads: int | None = Field(default=None, ge=1)
+    """Threads that a gateway's replica encodes and searches with; without it, its share of the machine's cores."""
+    batch_tokens: int = Field(default=2048, ge=1)
+    """Query tokens that are encoded together at most, so that long queries do not hold up short ones."""
+    shard_timeout_ms: int = Field(default=5_000, ge=1)
+    """A shard deployment that takes longer is left out, and the answer names its shards."""
+    max_ongoing: int = Field(default=256, ge=1)
+    """Requests that a replica works on at a time."""
+    max_queued: int = Field(default=512, ge=0)
+    """Requests that wait for a replica before more are refused."""
+    aliases: list[Name] = []
+    """Other indexes of the root that are served beside `index.name`."""
+    versions: list[Name] = []
+    """Versions of `index.name` that stay loaded, for requests that name one."""
+    follow_seconds: float = Field(default=2.0, gt=0)
+    """How often a replica looks whether an alias was moved."""
     max_k: int = Field(default=1000, ge=1)
     max_batch: int = Field(default=256, ge=1)
     max_query_chars: int = Field(default=10_000, ge=1)
@@ -174,6 +249,7 @@ class Config(Strict):
     questions: QuestionsConfig = QuestionsConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     serve: ServeConfig = ServeConfig()
+    promote: PromoteConfig = PromoteConfig()
     cluster: ClusterConfig = ClusterConfig()
 
 
