@@ -1,13 +1,12 @@
-"""`pinakes plan`: the indexes that a corpus can have, before anything is built (see pipelines/index/candidates.py)."""
+"""`pinakes plan`, the indexes that a corpus can have before anything is built, and `pinakes rebuild`."""
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cluster.console import Json, load, show
+from cluster.console import Json, Quiet, load, progress, show
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -15,8 +14,6 @@ if TYPE_CHECKING:
     from pipelines.config import Config
 
 app = typer.Typer()
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 @app.command(epilog="Example: pinakes plan --rows 21015324 --dim 768 --memory 32GB. For a corpus that was ingested: "
@@ -36,6 +33,8 @@ def plan(
     json_: Json = False,
 ) -> None:
     """List the indexes that are valid for a corpus, best expected recall first, with their memory. Builds nothing."""
+    from pipelines.sizes import parse_bytes
+
     loaded = load(config, set_) if config else None
     budget = parse_bytes(memory) if memory is not None else None
     show(candidates_for(loaded, rows, dim, metric, shards, budget), json_, plan_table)
@@ -78,6 +77,8 @@ def plan_table(result: dict[str, Any]) -> Table:
     """Return the candidates as a table for the terminal."""
     from rich.table import Table
 
+    from pipelines.sizes import human_bytes
+
     budget = result["budget_bytes"]
     shards = f" in {result['num_shards']} shards" if result["num_shards"] > 1 else ""
     title = f"Indexes for {result['num_rows']:,} vectors of width {result['dim']} ({result['metric']}){shards}"
@@ -85,7 +86,7 @@ def plan_table(result: dict[str, Any]) -> Table:
     if budget is not None:
         named = dict.fromkeys(f for f in (result["best"], result["best_without_scan"]) if f)
         best = ", or without a scan ".join(named) or "none"
-        advice = f"Best that fits {_human(budget)}: {best}. {advice}"
+        advice = f"Best that fits {human_bytes(budget)}: {best}. {advice}"
     table = Table(title=title, caption=advice)
     table.add_column("factory", no_wrap=True)
     table.add_column("recall")
@@ -97,18 +98,8 @@ def plan_table(result: dict[str, Any]) -> Table:
     for c in result["candidates"]:
         size = f"{c['bytes_per_vector']:,.0f}"
         fits = ["yes" if c["fits"] else "no"] if budget is not None else []
-        table.add_row(c["factory"], c["recall"], c["search"], size, _human(c["memory_bytes"]), *fits)
+        table.add_row(c["factory"], c["recall"], c["search"], size, human_bytes(c["memory_bytes"]), *fits)
     return table
-
-
-def parse_bytes(text: str) -> int:
-    """Return the bytes that `8GB`, `512 MiB` or a plain number says. Raises ConfigError for anything else, and 0."""
-    from pipelines.errors import ConfigError
-
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
-    if not found or found[2] not in _UNITS or not (size := int(float(found[1]) * _UNITS[found[2]])):
-        raise ConfigError(f"cannot read the size {text!r}", where="--memory", expected="for example 8GB, 512MiB, 1.5TB")
-    return size
 
 
 def _num_rows(config: Config) -> int:
@@ -135,10 +126,16 @@ def _dim(config: Config) -> int:
     return int(info.dim)
 
 
-def _human(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:,.3g} TB"
+@app.command(epilog="Example: pinakes rebuild configs/paq-256.yaml --encoder configs/paq-728.yaml")
+def rebuild(
+    config: Annotated[str, typer.Argument(help="The YAML config of the published index.", metavar="CONFIG")],
+    encoder: Annotated[str, typer.Option(help="A YAML config whose `encoder` is taken.", metavar="CONFIG")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key of CONFIG.")] = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Build the published snapshot with another encoder, evaluate both versions, and show them side by side."""
+    from cluster import rebuild as rebuilding
+
+    chosen = load(encoder, None).encoder
+    show(rebuilding.rebuild(load(config, set_), chosen, progress(quiet)), json_, rebuilding.rebuild_summary)

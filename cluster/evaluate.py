@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -16,6 +16,7 @@ from pipelines.answer import answers, load_reader
 from pipelines.config import AnswerConfig, Config, RerankConfig
 from pipelines.errors import ConfigError
 from pipelines.evaluate import document_id, percentiles, read_questions, score_answers, score_retrieval
+from pipelines.manifest import fingerprint
 from pipelines.rerank import load_reranker, rerank_all
 from pipelines.retrieve import Passages, Retriever
 from pipelines.schema import Hit, Question
@@ -49,8 +50,9 @@ def evaluate(root: str, manifest: dict[str, Any], config: Config, progress: Prog
     hits = (h for scores, rows in found for h in retriever.passages.hits(scores, rows))
     result = score_retrieval(questions, hits, ks=ks, id_of=id_of)
     result["recall"] = manifest["recall"]
-    result["latency"] = _latency(retriever, [q.text for q in questions[:_LATENCY_QUERIES]])
+    result["latency"] = latency(retriever, [q.text for q in questions])
     result["version"], result["questions"] = manifest["version"], settings.questions
+    result["settings"] = settings_key(config, questions)
     if config.rerank or config.answer:
         read = _second_stage(root, manifest, questions, found, config, progress)
         if config.rerank:
@@ -165,11 +167,18 @@ def _in_order(passages: Passages, found: Found, orders: list[list[int]]) -> Iter
             yield [by_row[row] for row in next(upcoming)]
 
 
-def _latency(retriever: Retriever, queries: list[str]) -> dict[str, float]:
-    """Return percentiles of one-query searches (encode, search, fetch; k = 10), in milliseconds."""
+def settings_key(config: Config, questions: list[Question]) -> str:
+    """Return a fingerprint of what an evaluation asks and how it scores: two with the same can be compared."""
+    settings = config.evaluate.model_dump(exclude={"questions"})
+    stages = [stage.model_dump() if stage else None for stage in (config.rerank, config.answer)]
+    return fingerprint([settings, *stages, [asdict(question) for question in questions]])
+
+
+def latency(retriever: Retriever, queries: list[str]) -> dict[str, float]:
+    """Return percentiles of one-query searches (encode, search, fetch; k = 10) of the first 100, in milliseconds."""
     k = min(10, retriever.manifest["num_rows"])
     retriever.search(queries[:1], k)
-    seconds = [sum(retriever.search_timed([query], k)[1].values()) / 1000 for query in queries]
+    seconds = [sum(retriever.search_timed([q], k)[1].values()) / 1000 for q in queries[:_LATENCY_QUERIES]]
     return percentiles(seconds)
 
 

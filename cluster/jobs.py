@@ -29,14 +29,14 @@ def ingest(config: Config, progress: Progress) -> dict[str, Any]:
 
 def encode(config: Config, progress: Progress) -> dict[str, Any]:
     """Make the snapshot if need be, and its embeddings."""
-    spec = _encoder(config)
+    spec = encoder_of(config)
     with session(config.cluster):
         return _result(_encode(config, spec, _ingest(config, progress), progress), progress)
 
 
 def index(config: Config, progress: Progress) -> dict[str, Any]:
     """Make whatever is missing up to a published version; set the alias if it is new."""
-    spec = _encoder(config)
+    spec = encoder_of(config)
     with session(config.cluster):
         manifest = _index(config, spec, progress)
     if config.index.name not in publish.list_aliases(config.root):
@@ -49,7 +49,7 @@ def index(config: Config, progress: Progress) -> dict[str, Any]:
 
 def run(config: Config, progress: Progress) -> dict[str, Any]:
     """Do the whole job, and point the alias to the version it made."""
-    spec = _encoder(config)
+    spec = encoder_of(config)
     with session(config.cluster):
         manifest = _index(config, spec, progress)
         evaluation = None
@@ -67,7 +67,7 @@ def evaluate(config: Config, version: str | None, progress: Progress) -> dict[st
     from cluster.evaluate import evaluate as evaluate_version
 
     manifest = publish.read_version(config.root, config.index.name, version)
-    check_encoder(manifest, _encoder(config))
+    check_encoder(manifest, encoder_of(config))
     with session(config.cluster):
         return _result(evaluate_version(config.root, manifest, config, progress), progress)
 
@@ -142,7 +142,7 @@ def _wait_for_signal() -> None:
         print("\nstopping", file=sys.stderr)
 
 
-def _encoder(config: Config) -> EncoderSpec:
+def encoder_of(config: Config) -> EncoderSpec:
     """Resolve the encoder, and look at every other model of the config: a wrong one is refused before hours of work."""
     spec = resolve(config.encoder, on_gpu=config.cluster.gpus_per_worker > 0)
     if config.corpus.format == "images":
@@ -174,14 +174,23 @@ def _encode(config: Config, spec: EncoderSpec, snapshot: dict[str, Any], progres
 
 
 def _index(config: Config, spec: EncoderSpec, progress: Progress) -> dict[str, Any]:
-    from cluster.index import build_version
+    check_index(config, spec)
+    return embed_and_index(config, spec, _ingest(config, progress), progress)
+
+
+def check_index(config: Config, spec: EncoderSpec) -> None:
+    """Refuse an impossible factory or search parameter, before hours of encoding."""
     from pipelines.index.search import check_params
     from pipelines.index.spec import new_index, parse_spec
 
     metric = "ip" if config.index.metric == "auto" else config.index.metric
-    # An impossible factory or search parameter is refused before hours of encoding.
     check_params(new_index(parse_spec(config.index.factory, spec.dim, metric)), config.index.search_params)
-    snapshot = _ingest(config, progress)
+
+
+def embed_and_index(config: Config, spec: EncoderSpec, snapshot: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Make whatever a snapshot lacks to become a published version; return the version's manifest."""
+    from cluster.index import build_version
+
     embedded = _encode(config, spec, snapshot, progress)
     return build_version(config.root, config.index, snapshot, embedded, progress, config.evaluate.questions)
 

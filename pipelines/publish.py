@@ -105,6 +105,16 @@ def save_evaluation(root: str, manifest: dict[str, Any], evaluation: dict[str, A
     store.put(REPORT, render(manifest, evaluation))
 
 
+def read_evaluation(root: str, manifest: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the evaluation that lies beside a version, None when it has none or one that does not read."""
+    store = index_store(root, manifest["name"]).child(manifest["version"])
+    try:
+        found = json.loads(store.read(EVALUATION)) if store.exists(EVALUATION) else None
+    except ValueError:
+        return None  # it is made again
+    return found if isinstance(found, dict) else None
+
+
 def list_versions(root: str, name: str) -> list[str]:
     """Return the published versions of an index, oldest first."""
     store = index_store(root, name)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from cluster.cli import app
-from cluster.cli_index import candidates_for, parse_bytes
+from cluster.cli_index import candidates_for
 from pipelines.config import parse_config
 from pipelines.encode import resolve
 from pipelines.errors import ConfigError
@@ -21,6 +21,7 @@ from pipelines.index.build import add, train, write
 from pipelines.index.candidates import RECALL_CLASSES, Candidate, candidates, default_lists, finer, pq_pieces
 from pipelines.index.search import search
 from pipelines.index.spec import IndexSpec, parse_spec
+from pipelines.sizes import parse_bytes
 from tests.checkpoints import write_sentence_transformer
 from tests.test_corpus import ingest
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 VERBS = [
     *("run", "ingest", "encode", "index", "evaluate", "serve", "search", "status", "models", "inspect"),
     *("promote", "rollback", "demo", "rerank", "answer", "rank", "extract", "generate", "filter", "group"),
-    *("plan", "verify", "import-vectors", "export-vectors", "import-index"),
+    *("plan", "rebuild", "verify", "import-vectors", "export-vectors", "import-index"),
 ]
 
 
