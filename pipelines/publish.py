@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipelines.build import BuildPlan
-from pipelines.errors import ArtifactError, ConfigError, QualityError, nearest
+from pipelines.errors import ArtifactError, ConfigError, QualityError, StorageError, nearest
 from pipelines.index.candidates import finer
 from pipelines.manifest import Receipt, drop_receipts, has_manifest, package_versions, read_manifest, write_manifest
 from pipelines.schema import FORMAT_VERSION
@@ -38,6 +38,7 @@ def version_content(
         "corpus": plan.snapshot["corpus"],
         "snapshot": plan.snapshot["snapshot"],
         "embeddings": plan.embeddings["encoder"]["fingerprint"],
+        "quarantined": [guilty["row"] for guilty in plan.embeddings.get("quarantined", [])],
         "encoder": plan.embeddings["encoder"],
         "search_params": plan.config.search_params,
         "recall": recall,
@@ -172,17 +173,29 @@ def current(root: str, name: str) -> str:
     return str(read_alias(root, name)["current"])
 
 
-def promote(root: str, name: str, version: str) -> dict[str, Any]:
-    """Point the alias `name` to a published version; pointing it where it points already changes nothing."""
+def promote(root: str, name: str, version: str, seen: str | None = "") -> dict[str, Any]:
+    """Point the alias `name` to a published version; pointing it where it points already changes nothing.
+
+    seen: the version that the alias must still point to (None: there must be none yet); "" for whichever. Raises
+    StorageError when somebody else moved it.
+    """
     read_version(root, name, version)
     state, before = _load_alias(root, name)
-    if state and state["current"] == version:
+    now = state["current"] if state else None
+    if seen not in ("", now):
+        raise StorageError(
+            f"the alias {name!r} was moved by somebody else: it points to {now or 'nothing'}",
+            where=Store(root).child("aliases").path(f"{name}.json"),
+            expected=seen or "no alias yet",
+            hint="look at it again (`pinakes status`) and repeat the command",
+        )
+    if state and now == version:
         return state
     entry = {"version": version, "at": _now()}
     state = {
         "format_version": FORMAT_VERSION,
         "current": version,
-        "previous": state["current"] if state else None,
+        "previous": now,
         "history": [*(state["history"] if state else []), entry],
     }
     _save_alias(root, name, state, before)
@@ -191,12 +204,17 @@ def promote(root: str, name: str, version: str) -> dict[str, Any]:
 
 def rollback(root: str, name: str) -> dict[str, Any]:
     """Point the alias back to its previous version. Raises ConfigError when there is none."""
-    previous = read_alias(root, name)["previous"]
-    if previous is None:
+    state = read_alias(root, name)
+    return promote(root, name, previous_of(name, state), state["current"])
+
+
+def previous_of(name: str, state: dict[str, Any]) -> str:
+    """Return the version before the current one of an alias. Raises ConfigError when there is none."""
+    if state["previous"] is None:
         raise ConfigError(
             f"alias {name!r} has no previous version to go back to", hint="`pinakes status` shows its history"
         )
-    return promote(root, name, str(previous))
+    return str(state["previous"])
 
 
 def _load_alias(root: str, name: str) -> tuple[dict[str, Any] | None, bytes | None]:

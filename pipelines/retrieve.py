@@ -6,7 +6,7 @@ A query is only ever encoded by the encoder bound to the version it searches.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -34,14 +34,20 @@ class ShardSearch(Protocol):
 
 
 class LocalShard:
-    """A shard memory-mapped in this process."""
+    """A shard memory-mapped in this process.
 
-    def __init__(self, root: str, manifest: dict[str, Any], number: int) -> None:
+    num_threads: what one search takes (1: many searches run beside each other). Rows that could not be encoded lie in
+    the index as zero vectors, and are never found.
+    """
+
+    def __init__(self, root: str, manifest: dict[str, Any], number: int, num_threads: int = 1) -> None:
         name = f"shard-{number:03d}.faiss"
         store = index_store(root, manifest["name"]).child(manifest["version"])
         entry = _file_entry(manifest, name)
         self.index = read(store.local(name, entry["sha256"]), mmap=True)
-        self.params = manifest["search_params"]
+        self.params, self.num_threads = manifest["search_params"], num_threads
+        first, stop = entry.get("first_row", 0), entry.get("first_row", 0) + entry["num_rows"]
+        self.unfit = np.array([r for r in manifest.get("quarantined", []) if first <= r < stop], np.int64)
         if (self.index.ntotal, self.index.d) != (entry["num_rows"], manifest["dim"]):
             raise ArtifactError(
                 f"the shard holds {self.index.ntotal} vectors of width {self.index.d}",
@@ -51,7 +57,28 @@ class LocalShard:
             )
 
     def search(self, queries_BD: Array, k: int) -> tuple[Array, Array]:
-        return search(self.index, queries_BD, k, self.params, num_threads=1)
+        def find(depth: int) -> tuple[Array, Array]:
+            return search(self.index, queries_BD, depth, self.params, self.num_threads)
+
+        return find(k) if not len(self.unfit) else search_without(self.unfit, find, k, self.index.ntotal)
+
+
+def search_without(
+    unfit_U: Array, find: Callable[[int], tuple[Array, Array]], k: int, num_rows: int
+) -> tuple[Array, Array]:
+    """Return what `find(k)` would, were the rows `unfit_U` not in the index: by asking for more until enough are left.
+
+    Works for every type of index, also those that take no selector.
+    """
+    depth = min(k + min(len(unfit_U), k), num_rows)
+    while True:
+        score_BK, row_BK = find(depth)
+        fit_BK = ~np.isin(row_BK, unfit_U)
+        # A query that got a -1 has seen all that this search can reach.
+        short_B = ((fit_BK & (row_BK >= 0)).sum(axis=1) < k) & (row_BK >= 0).all(axis=1)
+        if depth >= num_rows or not short_B.any():
+            return merge_topk([(score_BK, np.where(fit_BK, row_BK, -1))], k)
+        depth = min(2 * depth, num_rows)
 
 
 class Passages:
@@ -115,7 +142,10 @@ class Retriever:
     ) -> None:
         self.manifest = manifest
         # The files first: a damaged one is found before seconds are spent on loading a model.
-        self.shards = shards or [LocalShard(root, manifest, n) for n in range(manifest["num_shards"])]
+        alone = num_threads or 1 if manifest["num_shards"] == 1 else 1
+        if shards is None:
+            shards = [LocalShard(root, manifest, n, alone) for n in range(manifest["num_shards"])]
+        self.shards = shards
         self.passages = Passages(root, manifest)
         self.spec = bound_encoder(manifest)
         self.encoder = Encoder(self.spec, "query", "cpu", num_threads)
