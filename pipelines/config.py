@@ -208,6 +208,23 @@ class ServeConfig(Strict):
     max_k: int = Field(default=1000, ge=1)
     max_batch: int = Field(default=256, ge=1)
     max_query_chars: int = Field(default=10_000, ge=1)
+    max_stream: int = Field(default=10_000, ge=1)
+    """Queries in one POST /search/batch."""
+    max_body_bytes: int = Field(default=4 << 20, ge=1024)
+    require_key: bool = False
+    """Answer only callers with an API key of the scope `search`; needed wherever others can reach the port."""
+    keys: str | None = None
+    """The file of the API keys (a path or URL); without it `<root>/keys.json`. `pinakes keys` writes it."""
+    admin_routes: bool = False
+    """Also serve POST /admin/promote and /admin/rollback, to keys of the scope `admin` only."""
+    rate_per_second: float | None = Field(default=None, gt=0)
+    """Queries that each key (without keys: each address) may ask a second, counted by every replica for itself."""
+    rate_burst: int = Field(default=60, ge=1)
+    """Queries that may come at once before the rate counts."""
+    access_log: bool = True
+    """Write a line of JSON for every request to stderr (of the replica); never keys, and no queries unless asked."""
+    log_queries: bool = False
+    """Put the queries into the log; they may be personal."""
     cpus_per_stage: float = Field(default=0.2, gt=0)
     """Of a reranker's or reader's replica; from 1 on it computes with as many threads."""
     gpus_per_stage: float = Field(default=0, ge=0)
