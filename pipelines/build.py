@@ -28,7 +28,7 @@ from pipelines.index.search import exact_topk
 from pipelines.index.spec import IndexSpec, Metric, new_index, parse_spec
 from pipelines.index.tune import Knob, knobs
 from pipelines.manifest import Receipt, ensure, find_done, fingerprint, put_done
-from pipelines.schema import FORMAT_VERSION, PASSAGE
+from pipelines.schema import FORMAT_VERSION
 from pipelines.storage import Store, temporary_file
 
 Array = npt.NDArray[Any]
@@ -216,7 +216,7 @@ def write_passages(plan: BuildPlan, shard: ShardPlan) -> list[Receipt]:
 
     def make_passages() -> Receipt:
         with temporary_file() as temp:
-            with pa.OSFile(temp, "wb") as sink, pa.ipc.new_file(sink, PASSAGE) as writer:
+            with pa.OSFile(temp, "wb") as sink, pa.ipc.new_file(sink, corpus.schema_of(plan.snapshot)) as writer:
                 for table in _passage_tables(plan, shard.rows):
                     digests.append(id_digests(table["id"].to_pylist()))
                     writer.write_table(table, max_chunksize=_PASSAGES_IN_BATCH)
@@ -275,12 +275,13 @@ def _a_sentence(text: str, rng: np.random.Generator) -> str:
 
 
 def _passage_tables(plan: BuildPlan, rows: Rows) -> Iterator[pa.Table]:
+    schema = corpus.schema_of(plan.snapshot)
     for entry in plan.snapshot["parts"]:
         first, last = entry["first_row"], entry["first_row"] + entry["num_rows"]
         if first < rows.stop and rows.start < last:
             table = corpus.read_part(plan.passages, entry)
             start = max(0, rows.start - first)
-            yield table.slice(start, min(last, rows.stop) - first - start).cast(PASSAGE)
+            yield table.slice(start, min(last, rows.stop) - first - start).cast(schema)
 
 
 def _group_name(shard: ShardPlan, group: int) -> str:

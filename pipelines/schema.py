@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,16 @@ PASSAGE = pa.schema(
 IMAGE_PASSAGE = PASSAGE.append(pa.field("image", pa.large_binary()))
 """Rows of a snapshot made of image files: `image` holds the file's bytes, `text` its name."""
 
+METADATA = "metadata"
+METADATA_TYPES = {
+    "string": pa.string(),
+    "int": pa.int64(),
+    "float": pa.float64(),
+    "bool": pa.bool_(),
+    "strings": pa.list_(pa.string()),
+}
+"""What a metadata field may hold, by the word that a config uses for it. Null says that a passage does not have it."""
+
 QUARANTINE = pa.schema(
     [
         pa.field("source", pa.string(), nullable=False),  # file the row came from
@@ -41,7 +52,26 @@ REASONS = (
     "malformed",
     "oversized_row",
     "bad_image",
+    "bad_metadata",
 )
+
+
+@dataclass(frozen=True)
+class MetadataField:
+    """A fact that passages carry beside their text. type: one of METADATA_TYPES. column: its name in the sources."""
+
+    name: str
+    type: str
+    column: str
+
+
+def passage_schema(metadata: Sequence[MetadataField] = (), *, images: bool = False) -> pa.Schema:
+    """Return the schema of passages: PASSAGE or IMAGE_PASSAGE, and a struct column with the metadata if any."""
+    schema = IMAGE_PASSAGE if images else PASSAGE
+    if not metadata:
+        return schema
+    fields = [pa.field(field.name, METADATA_TYPES[field.type]) for field in metadata]
+    return schema.append(pa.field(METADATA, pa.struct(fields), nullable=False))
 
 
 def embedding_schema(dim: int, storage: str) -> pa.Schema:
@@ -53,15 +83,21 @@ def embedding_schema(dim: int, storage: str) -> pa.Schema:
 
 @dataclass(frozen=True)
 class Passage:
-    """One row of text. `answers` is None unless the passage is a QA pair (then `text` is the question)."""
+    """One row of text. `answers` is None unless the passage is a QA pair (then `text` is the question).
+
+    metadata: the fields that the corpus was ingested with; None for those that this passage does not have.
+    """
 
     id: str
     title: str
     text: str
     answers: list[str] | None = None
+    metadata: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        pieces = {"id": self.id, "title": self.title, "text": self.text, "answers": self.answers}
+        pieces: dict[str, Any] = {"id": self.id, "title": self.title, "text": self.text, "answers": self.answers}
+        if self.metadata is not None:
+            pieces["metadata"] = {k: v for k, v in self.metadata.items() if v is not None}
         return {k: v for k, v in pieces.items() if v is not None}
 
 

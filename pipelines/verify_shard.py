@@ -17,7 +17,7 @@ from pipelines.index.identity import describe, is_mergeable, quantizer_digest
 from pipelines.index.search import check_params
 from pipelines.index.structure import ivf_of
 from pipelines.publish import index_store
-from pipelines.schema import PASSAGE
+from pipelines.schema import METADATA, PASSAGE
 from pipelines.storage import Store
 from pipelines.verify import FAULTS, REBUILD, Finding
 
@@ -94,24 +94,34 @@ def check_passages(
     where = _store(root, manifest).path(names[0])
     try:
         passages, lookup = (open_table(root, manifest, name) for name in names)
-        wrong = [fault for fault in _passage_faults(passages, lookup, manifest, names[0]) if fault[1] != fault[2]]
+        schema = _passage_schema(passages, snapshot)
+        faults = _passage_faults(passages, lookup, schema, manifest["files"][names[0]])
+        wrong = [fault for fault in faults if fault[1] != fault[2]]
         findings = _findings(
             "passages", names[0], where, wrong, f"{len(passages):,} passages, each id leads to its row"
         )
         if snapshot is None or wrong:
             return findings
-        differ = list(_unlike_snapshot(passages, names[0], root, manifest, snapshot["parts"]))
+        store = corpus.corpus_store(root, manifest["corpus"]).child(manifest["snapshot"])
+        first_row = manifest["files"][names[0]]["first_row"]
+        differ = list(_unlike_snapshot(passages, first_row, store, snapshot["parts"]))
         return findings + _findings("snapshot", names[0], where, differ, "passages as in the snapshot")
     except FAULTS as error:
         return [Finding.of("passages", error)]
 
 
-def _passage_faults(passages: pa.Table, lookup: pa.Table, manifest: dict[str, Any], name: str) -> Iterator[Fault]:
-    entry = manifest["files"][name]
-    yield "schema", str(PASSAGE), str(passages.schema)
+def _passage_schema(passages: pa.Table, snapshot: dict[str, Any] | None) -> pa.Schema:
+    """Return the schema that a version's passages have to have; without the snapshot, any metadata is right."""
+    if snapshot is not None:
+        return corpus.schema_of(snapshot)
+    return pa.schema([*PASSAGE, *(field for field in passages.schema if field.name == METADATA)])
+
+
+def _passage_faults(passages: pa.Table, lookup: pa.Table, schema: pa.Schema, entry: dict[str, Any]) -> Iterator[Fault]:
+    yield "schema", str(schema), str(passages.schema)
     yield "number of rows", entry["num_rows"], len(passages)
     yield "number of ids", entry["num_rows"], len(lookup)
-    if passages.schema == PASSAGE and len(lookup) == len(passages):
+    if passages.schema == schema and len(lookup) == len(passages):
         digest_N = np.concatenate([id_digests(c.to_pylist()) for c in passages.column("id").chunks] or [np.zeros(0)])
         order_N = np.argsort(digest_N, kind="stable")
         right = np.array_equal(lookup.column("id_digest").to_numpy(), digest_N[order_N]) and np.array_equal(
@@ -124,20 +134,16 @@ def _passage_faults(passages: pa.Table, lookup: pa.Table, manifest: dict[str, An
         )
 
 
-def _unlike_snapshot(
-    passages: pa.Table, name: str, root: str, manifest: dict[str, Any], parts: list[dict[str, Any]]
-) -> Iterator[Fault]:
+def _unlike_snapshot(passages: pa.Table, first_row: int, store: Store, parts: list[dict[str, Any]]) -> Iterator[Fault]:
     """Yield for each part of the snapshot the first passage of the shard that is not the snapshot's, a column each."""
-    store = corpus.corpus_store(root, manifest["corpus"]).child(manifest["snapshot"])
-    first_row = manifest["files"][name]["first_row"]
     for part in parts:
         start = max(part["first_row"], first_row)
         stop = min(part["first_row"] + part["num_rows"], first_row + len(passages))
         if start >= stop:
             continue
-        wanted = corpus.read_part(store, part).slice(start - part["first_row"], stop - start).cast(PASSAGE)
+        wanted = corpus.read_part(store, part).slice(start - part["first_row"], stop - start).cast(passages.schema)
         found = passages.slice(start - first_row, stop - start)
-        for column in PASSAGE.names:
+        for column in passages.schema.names:
             if not found.column(column).equals(wanted.column(column)):
                 pairs = zip(found.column(column).to_pylist(), wanted.column(column).to_pylist(), strict=True)
                 row, mine, theirs = next((start + i, a, b) for i, (a, b) in enumerate(pairs) if a != b)

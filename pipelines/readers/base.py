@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipelines.errors import ConfigError, InputError, nearest
+from pipelines.schema import MetadataField
 
 FORMATS = ("tsv", "csv", "jsonl", "parquet", "images")
 ROLES = ("id", "title", "text", "answers")
@@ -25,6 +26,7 @@ class ReadOptions:
     columns: the column (or key) that holds the `id`, `title`, `text` and `answers`; each is by default the one of that
     name. An empty name says that there is no such column (title and answers only).
     max_row_bytes: a longer row is refused. split_bytes: how much of a file one split reads.
+    metadata: further columns (or keys) that every row carries along.
     Raises ConfigError for values that cannot be meant (the format is checked when files are planned).
     """
 
@@ -32,6 +34,7 @@ class ReadOptions:
     columns: Mapping[str, str] = field(default_factory=dict)
     max_row_bytes: int = 1 << 20
     split_bytes: int = 64 << 20
+    metadata: tuple[MetadataField, ...] = ()
 
     def __post_init__(self) -> None:
         for role, name in self.columns.items():
@@ -72,6 +75,7 @@ class Row:
     """One valid row. position: its byte offset in the (decompressed) text file, or its number in the Parquet file.
 
     image: the bytes of the image file that the row is; None for a row of text.
+    metadata: the configured fields, each of its type or None; None where no field is configured.
     """
 
     position: int
@@ -80,6 +84,7 @@ class Row:
     text: str
     answers: list[str] | None
     image: bytes | None = None
+    metadata: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +117,20 @@ def oversized(max_row_bytes: int, more: str) -> RefusedRowError:
     return RefusedRowError("oversized_row", f"longer than {max_row_bytes} bytes (max_row_bytes); {more}")
 
 
-def checked_row(position: int, row_id: str, title: str, text: str, answers: list[str] | None) -> Row:
+def checked_row(
+    position: int,
+    row_id: str,
+    title: str,
+    text: str,
+    answers: list[str] | None,
+    metadata: dict[str, Any] | None = None,
+) -> Row:
     """Return the row. Raises RefusedRowError when the id or the text is missing or blank."""
     if not row_id or row_id.isspace():
         raise RefusedRowError("missing_id", "the id is empty")
     if not text or text.isspace():
         raise RefusedRowError("missing_text", "the text is empty")
-    return Row(position, row_id, title, text, answers)
+    return Row(position, row_id, title, text, answers, None, metadata)
 
 
 def cell_answers(cell: str) -> list[str] | None:
@@ -187,10 +199,19 @@ def utf16(where: str) -> InputError:
 
 
 def wrong_column(role: str, found: Sequence[str], options: ReadOptions, where: str) -> InputError:
-    name = options.column(role)
+    guess = nearest(options.column(role), [f for f in found if f not in {options.column(r) for r in ROLES}])
+    hint = f"say which one holds the {role} with `columns: {{{role}: {guess or '...'}}}`"
+    return _no_column(options.column(role), f"the {role}", found, where, guess, hint)
+
+
+def wrong_metadata_column(field: MetadataField, found: Sequence[str], where: str) -> InputError:
+    guess = nearest(field.column, found)
+    hint = f"say which one it is with `metadata: [{{name: {field.name}, column: {guess or '...'}}}]`"
+    return _no_column(field.column, f"metadata {field.name!r}", found, where, guess, hint)
+
+
+def _no_column(name: str, what: str, found: Sequence[str], where: str, guess: str | None, hint: str) -> InputError:
     listed = ", ".join(repr(f[:60]) for f in found[:30]) + (" ..." if len(found) > 30 else "")
-    guess = nearest(name, [f for f in found if f not in {options.column(r) for r in ROLES}])
-    hint = f"did you mean {guess!r}? " if guess else ""
-    hint += f"say which one holds the {role} with `columns: {{{role}: {guess or '...'}}}`"
-    return InputError(f"wrong column: no {name!r} for the {role}", where=where,
-                      expected=f"{name!r} among the columns; found {listed or 'none'}", hint=hint)  # fmt: skip
+    return InputError(f"wrong column: no {name!r} for {what}", where=where,
+                      expected=f"{name!r} among the columns; found {listed or 'none'}",
+                      hint=(f"did you mean {guess!r}? " if guess else "") + hint)  # fmt: skip

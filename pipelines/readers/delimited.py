@@ -24,6 +24,7 @@ from pipelines.readers.base import (
     utf16,
 )
 from pipelines.readers.lines import ByteLines
+from pipelines.readers.metadata import metadata_columns, typed
 
 _DELIMITERS = {"tsv": "\t", "csv": ","}
 _ONE_LINE = "only the line it is on is left out"
@@ -61,6 +62,8 @@ class DelimitedReader:
         self._header, self._num_fields = header, len(header)
         self._id_at, self._text_at = at["id"], at["text"]
         self._title_at, self._answers_at = at.get("title"), at.get("answers")
+        columns = metadata_columns(header, self._options.metadata, self._url)
+        self._metadata_at = [(field, header.index(name)) for field, name in columns]
         return lines.offset
 
     def _check_separators(self, header: list[str]) -> None:
@@ -105,7 +108,8 @@ class DelimitedReader:
             text = text.strip('"').strip()  # as DPR reads psgs_w100.tsv, then as it encodes
         title = "" if self._title_at is None else fields[self._title_at]
         answers = None if self._answers_at is None else cell_answers(fields[self._answers_at])
-        return checked_row(start, fields[self._id_at], title, text, answers)
+        metadata = typed((field, fields[at] or None) for field, at in self._metadata_at)
+        return checked_row(start, fields[self._id_at], title, text, answers, metadata)
 
     def _records(self, lines: ByteLines, stop: int) -> Iterator[tuple[int, list[str] | RefusedRowError]]:
         """Yield (start, fields or why not) of the records that begin before `stop`. Blank lines are no records.

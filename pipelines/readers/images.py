@@ -21,8 +21,9 @@ def plan_images(files: Sequence[Found], options: ReadOptions) -> list[Split]:
     ConfigError for columns, and without Pillow.
     """
     require_pillow()
-    if options.columns:
-        raise ConfigError("corpus.columns: image files have no columns", expected="no such key")
+    for key in ("columns", "metadata"):
+        if getattr(options, key):
+            raise ConfigError(f"corpus.{key}: image files have no columns", expected="no such key")
     for file in files:
         if (other := format_of(file.url, options)) != "images":
             raise InputError(f"there are images and {other} among the sources", where=file.url, expected="one or other",

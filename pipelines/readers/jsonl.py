@@ -22,9 +22,11 @@ from pipelines.readers.base import (
     oversized,
     utf16,
     wrong_column,
+    wrong_metadata_column,
 )
 from pipelines.readers.files import stem_of
 from pipelines.readers.lines import ByteLines
+from pipelines.readers.metadata import typed
 
 _SAMPLE_ROWS = 100
 _ABSENT = object()
@@ -76,6 +78,9 @@ class JsonLinesReader:
             required = role in REQUIRED and (named or bool(passages))
             if required or (named and nearest(key, found)) or is_miscased(key, found):
                 raise wrong_column(role, found, self._options, self._url)
+        for field in self._options.metadata:
+            if nearest(field.column, found) and all(_look_up(i, field.column) is _ABSENT for i in objects):
+                raise wrong_metadata_column(field, found, self._url)
         return bool(pairs) and any(_look_up(item, self._key["id"]) is _ABSENT for item in pairs)
 
     def _sample(self, lines: ByteLines) -> Iterator[dict[str, Any]]:
@@ -122,8 +127,12 @@ class JsonLinesReader:
                 row_id = f"{self._stem}:{start}"
         return checked_row(
             start, _id(row_id), _string("title", _look_up(item, self._key["title"])), _string("text", text),
-            answer_list(None if answers is _ABSENT else answers),
+            answer_list(None if answers is _ABSENT else answers), self._metadata(item),
         )  # fmt: skip
+
+    def _metadata(self, item: dict[str, Any]) -> dict[str, Any] | None:
+        found = ((field, _look_up(item, field.column)) for field in self._options.metadata)
+        return typed((field, None if value is _ABSENT else value) for field, value in found)
 
 
 def _parsed(line: bytes, start: int = 0) -> dict[str, Any]:

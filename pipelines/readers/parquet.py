@@ -23,6 +23,8 @@ from pipelines.readers.base import (
     pick_columns,
 )
 from pipelines.readers.files import open_text
+from pipelines.readers.metadata import check_types, metadata_columns, typed
+from pipelines.schema import MetadataField
 
 _BATCH_ROWS = 2048
 _COLUMN_BUFFER_BYTES = 4 << 20
@@ -31,10 +33,11 @@ _COLUMN_BUFFER_BYTES = 4 << 20
 def plan_row_groups(url: str, options: ReadOptions) -> list[tuple[int, int]]:
     """Cut a file into ranges of row groups of about `split_bytes` (as they are once decompressed).
 
-    Raises InputError when it is no Parquet file or a column is absent or of a type that cannot be text.
+    Raises InputError when it is no Parquet file or a column is absent or of a type that cannot be meant.
     """
     with _open_parquet(url) as file:
         _check_columns(file.schema_arrow, options, url)
+        check_types(file.schema_arrow, options.metadata, url)
         sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
     ranges: list[tuple[int, int]] = []
     start = taken = 0
@@ -50,23 +53,25 @@ def read_row_groups(split: Split, options: ReadOptions) -> Iterator[Row | Reject
     """Yield the rows of a split in file order. Memory: one batch and a buffer for each column."""
     with _open_parquet(split.url) as file:
         columns = _check_columns(file.schema_arrow, options, split.url)
+        facts = metadata_columns(file.schema_arrow.names, options.metadata, split.url)
         position = sum(file.metadata.row_group(i).num_rows for i in range(split.start))
-        batches = file.iter_batches(
-            _BATCH_ROWS, list(range(split.start, split.stop)), list(dict.fromkeys(columns.values())), use_threads=False
-        )
-        for batch in batches:
-            values = {role: _values(batch.column(name)) for role, name in columns.items()}
+        wanted = list(dict.fromkeys([*columns.values(), *(name for _, name in facts)]))
+        for batch in file.iter_batches(_BATCH_ROWS, list(range(split.start, split.stop)), wanted, use_threads=False):
+            values = {name: _values(batch.column(name)) for name in wanted}
             for i in range(batch.num_rows):
-                yield _row(position + i, {role: column[i] for role, column in values.items()}, options)
+                cells = {role: values[name][i] for role, name in columns.items()}
+                yield _row(position + i, cells, [(field, values[name][i]) for field, name in facts], options)
             position += batch.num_rows
 
 
-def _row(position: int, cells: dict[str, Any], options: ReadOptions) -> Row | Reject:
+def _row(
+    position: int, cells: dict[str, Any], facts: list[tuple[MetadataField, Any]], options: ReadOptions
+) -> Row | Reject:
     try:
         row_id, title, text = (_text(role, cells.get(role)) for role in ("id", "title", "text"))
         if 4 * len(text) > options.max_row_bytes and len(text.encode()) > options.max_row_bytes:
             raise oversized(options.max_row_bytes, "counting its text")
-        return checked_row(position, row_id, title, text, _answers(cells.get("answers")))
+        return checked_row(position, row_id, title, text, _answers(cells.get("answers")), typed(facts))
     except RefusedRowError as refused:
         text = cells["text"]
         return refused.reject(position, text if isinstance(text, str | bytes) else "")
@@ -91,6 +96,8 @@ def _answers(value: object) -> list[str] | None:
 def _values(column: pa.Array) -> list[Any]:
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
+    if pa.types.is_date(column.type) or pa.types.is_timestamp(column.type):
+        column = column.cast(pa.string())  # 2026-11-26 09:30:00: texts that sort as the times do
     try:
         values: list[Any] = column.to_pylist()
     except UnicodeDecodeError:  # Arrow takes a writer's word for it that strings are UTF-8
