@@ -77,10 +77,12 @@ def _build_shards(plan: BuildPlan, trained: Receipt, progress: Progress) -> list
     missing = [shard for shard in plan.shards if shard.number not in done]
     groups: dict[int, dict[int, Receipt]] = {shard.number: {} for shard in missing}
     items = [(shard, group) for shard in missing for group in range(len(shard.groups))]
+    # A graph takes its rows in order, so its shard is one task: few of them share the cores of a node by threads.
+    threads = 1 if plan.spec.mergeable else max(1, plan.num_threads // max(1, len(missing)))
     with progress.stage("add", sum(len(s.groups) for s in plan.shards)) as stage:
         for number in done:
             stage.advance(len(plan.shards[number].groups), reused=True, rows=len(plan.shards[number].rows))
-        for position, receipt in run_tasks(_add_task, items, plan, trained):
+        for position, receipt in run_tasks(_add_task, items, plan, trained, threads, num_cpus=threads):
             shard, group = items[position]
             groups[shard.number][group] = receipt
             stage.advance(reused=receipt.reused, rows=len(shard.groups[group]))
@@ -152,8 +154,8 @@ def _find_shard_task(shard: ShardPlan, plan: BuildPlan, trained: Receipt) -> Rec
     return build.find_shard(plan, trained, shard)
 
 
-def _add_task(item: tuple[ShardPlan, int], plan: BuildPlan, trained: Receipt) -> Receipt:
-    return build.add_group(plan, trained, *item)
+def _add_task(item: tuple[ShardPlan, int], plan: BuildPlan, trained: Receipt, threads: int) -> Receipt:
+    return build.add_group(plan, trained, *item, num_threads=threads)
 
 
 def _merge_task(item: tuple[ShardPlan, list[Receipt]], plan: BuildPlan, trained: Receipt) -> Receipt:

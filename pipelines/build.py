@@ -164,7 +164,7 @@ def train_quantizer(plan: BuildPlan) -> Receipt:
     return ensure(plan.store, TRAINED, plan.version, make)
 
 
-def add_group(plan: BuildPlan, trained: Receipt, shard: ShardPlan, group: int) -> Receipt:
+def add_group(plan: BuildPlan, trained: Receipt, shard: ShardPlan, group: int, num_threads: int = 1) -> Receipt:
     """Add one group's rows to a copy of the trained index: the whole shard when it has one group only."""
     alone = len(shard.groups) == 1
     store = plan.store if alone else plan.work
@@ -174,7 +174,7 @@ def add_group(plan: BuildPlan, trained: Receipt, shard: ShardPlan, group: int) -
     def make() -> Receipt:
         index = read(plan.store.local(TRAINED, trained.sha256), mmap=False)
         for vectors_ND, rows_N in iter_rows(plan, shard.groups[group]):
-            add(index, vectors_ND, rows_N, num_threads=1)
+            add(index, vectors_ND, rows_N, num_threads)
         return _put_index(store, name, index, made_from, _shard_facts(shard.groups[group], trained))
 
     return ensure(store, name, made_from, make)
