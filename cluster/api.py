@@ -11,7 +11,6 @@ POST /admin/promote, /rollback   only with `serve.admin_routes`
 import logging
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 from fastapi import FastAPI, Query, Request, Response
@@ -30,6 +29,7 @@ from cluster.api_models import (
     found_json,
     hit_json,
 )
+from cluster.search_page import search_page
 from pipelines.config import ServeConfig
 from pipelines.errors import ArtifactError, ConfigError, InputError, PinakesError
 
@@ -39,7 +39,6 @@ __all__ = [
 ]  # fmt: skip
 
 _log = logging.getLogger("ray.serve")
-_PAGE = Path(__file__).with_name("search_page.html")
 
 Name = Annotated[str | None, Query(pattern=NAME_PATTERN)]
 
@@ -93,7 +92,8 @@ def build_api(backend: Callable[[], Backend], config: ServeConfig) -> FastAPI:
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page() -> HTMLResponse:
         headers = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
-        return HTMLResponse(_PAGE.read_text(encoding="utf-8"), headers=headers)
+        shown = search_page()
+        return HTMLResponse(shown.html, headers={**headers, "Content-Security-Policy": shown.policy})
 
     @app.get("/health")
     async def health() -> dict[str, str]:

@@ -18,13 +18,13 @@ import time
 import urllib.request
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from fastapi.responses import HTMLResponse
 from ray import serve
 
 from cluster.api import AnswerModel, HitModel, PassageModel, SearchRequest, SearchResponse, api
+from cluster.search_page import search_page
 from pipelines import publish
 from pipelines.answer import answers_within, load_reader
 from pipelines.config import AnswerConfig, Config, RerankConfig, ServeConfig
@@ -36,7 +36,6 @@ from pipelines.retrieve import LocalShard, Retriever, check_k
 from pipelines.schema import Hit
 
 APPLICATION = "pinakes"
-_PAGE = Path(__file__).with_name("search_page.html")
 _SHARD_CPUS = 0.2
 _GATEWAY_CPUS = 0.5
 _BATCH_WAIT_SECONDS = 0.002
@@ -166,7 +165,7 @@ class Gateway:
     @api.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page(self) -> HTMLResponse:
         headers = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
-        return HTMLResponse(_PAGE.read_text(encoding="utf-8"), headers=headers)
+        return HTMLResponse(search_page().html, headers={**headers, "Content-Security-Policy": search_page().policy})
 
     @api.get("/health")
     async def health(self) -> dict[str, str]:
