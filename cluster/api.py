@@ -8,39 +8,59 @@ POST /admin/promote, /rollback   only with `serve.admin_routes`
 
 # FastAPI reads the types at run time, so they are real objects (no `from __future__ import annotations` here).
 
-import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, Protocol
 
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from cluster.access import Access, Call
+from cluster.api_docs import DOCS_POLICY, describe, docs_page
 from cluster.api_models import (
     NAME_PATTERN,
+    AliasesModel,
+    AliasMoved,
     AnswerModel,
+    BatchLine,
+    BatchRequest,
     HitModel,
     PassageModel,
+    PromoteRequest,
+    ReadyModel,
+    RollbackRequest,
     SearchRequest,
     SearchResponse,
+    VersionsModel,
     answer_json,
     found_json,
     hit_json,
 )
+from cluster.api_stream import Batch
+from cluster.problems import Problem, of_error
 from cluster.search_page import search_page
+from cluster.telemetry import METRICS_TYPE, Metrics, Tracer, open_log
+from pipelines.access_keys import KeyFile, KeyRing
 from pipelines.config import ServeConfig
-from pipelines.errors import ArtifactError, ConfigError, InputError, PinakesError
+from pipelines.errors import ConfigError, PinakesError
 
 __all__ = [
     "AnswerModel", "Backend", "HitModel", "PassageModel", "SearchRequest", "SearchResponse",
-    "answer_json", "api", "build_api", "found_json", "hit_json",
+    "answer_json", "api", "build_api", "found_json", "hit_json", "key_file",
 ]  # fmt: skip
 
-_log = logging.getLogger("ray.serve")
-
 Name = Annotated[str | None, Query(pattern=NAME_PATTERN)]
+PathName = Annotated[str, Path(pattern=NAME_PATTERN)]
+_MAX_TOLD = 10
+# A report is a file of the root, drawn by whoever built the version: it may look as it likes, but run nothing.
+_REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox; frame-ancestors 'none'"
+
+
+class NDJSON(StreamingResponse):
+    media_type = "application/x-ndjson"
 
 
 class Backend(Protocol):
@@ -84,65 +104,156 @@ class Backend(Protocol):
         ...
 
 
-def build_api(backend: Callable[[], Backend], config: ServeConfig) -> FastAPI:
-    """Return the application. `backend` is called on each request, so that it may be set after the routes are."""
-    app = FastAPI(title="Pinakes", description="Search a published index.", version="1")
-    _handle_errors(app)
+def build_api(backend: Callable[[], Backend], config: ServeConfig, keys: KeyFile | None = None) -> FastAPI:
+    """Return the application, to be built where it runs. `backend` is called on each request.
 
+    keys: the file of the API keys. Raises ConfigError when the config wants keys and there is no such file named.
+    """
+    ring = _ring(config, keys)
+    app = FastAPI(
+        title="Pinakes", description=__doc__, version="1", docs_url=None, redoc_url=None, redirect_slashes=False
+    )
+    metrics = Metrics()
+    app.add_middleware(Access, config=config, keys=ring, metrics=metrics, tracer=Tracer.from_environment())
+    _handle_errors(app)
+    _add_pages(app, backend)
+    _add_operations(app, backend, config, metrics)
+    _add_search(app, backend, config, metrics)
+    if config.admin_routes:
+        _add_admin(app, backend)
+    describe(app, config)
+    if config.access_log:
+        open_log()
+    return app
+
+
+def _ring(config: ServeConfig, keys: KeyFile | None) -> KeyRing | None:
+    if not (config.require_key or config.admin_routes):
+        return None
+    if keys is None:
+        raise ConfigError("the server has no file of API keys", expected="serve.keys, or keys.json in the root")
+    return KeyRing(keys)
+
+
+def key_file(config: ServeConfig, root: str) -> KeyFile:
+    """Return the file that the config names for API keys, or the root's own."""
+    return KeyFile(config.keys or f"{root.rstrip('/')}/keys.json")
+
+
+def _call(request: Request) -> Call:
+    call: Call = request.scope["pinakes"]
+    return call
+
+
+def _add_pages(app: FastAPI, backend: Callable[[], Backend]) -> None:
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page() -> HTMLResponse:
-        headers = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
         shown = search_page()
-        return HTMLResponse(shown.html, headers={**headers, "Content-Security-Policy": shown.policy})
+        return HTMLResponse(shown.html, headers={"Content-Security-Policy": shown.policy})
 
-    @app.get("/health")
-    async def health() -> dict[str, str]:
+    @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(docs_page(app.openapi()), headers={"Content-Security-Policy": DOCS_POLICY})
+
+    @app.get("/reports/{alias}/{version}", response_class=HTMLResponse)
+    async def report(alias: PathName, version: PathName) -> HTMLResponse:
+        """Return the report of a version: how it was built and how well it searches."""
+        return HTMLResponse(await backend().report(alias, version), headers={"Content-Security-Policy": _REPORT_POLICY})
+
+
+def _add_operations(app: FastAPI, backend: Callable[[], Backend], config: ServeConfig, metrics: Metrics) -> None:
+    @app.get("/health", responses={200: {"model": dict[str, str]}})
+    async def health() -> Response:
         """Say that the process answers."""
-        return {"status": "ok"}
+        return JSONResponse({"status": "ok"})
 
-    @app.get("/ready")
-    async def ready() -> dict[str, Any]:
+    @app.get("/ready", responses={200: {"model": ReadyModel}})
+    async def ready(request: Request) -> Response:
         """Say what is loaded and served."""
         told = await backend().catalogue()
+        if config.require_key and _call(request).key is None:
+            return JSONResponse({"ready": True})
         facts = {(v["alias"], v["version"]): v for v in told["versions"]}
         names = ("version", "num_rows", "dim", "factory", "encoder")
         current = {alias: facts[alias, state["current"]] for alias, state in told["aliases"].items()}
         aliases = {alias: {name: fact[name] for name in names} for alias, fact in current.items()}
-        return {"ready": True, **told["stages"], "aliases": aliases}
+        return JSONResponse({"ready": True, **told["stages"], "aliases": aliases})
 
-    @app.get("/aliases")
-    async def aliases() -> dict[str, Any]:
+    @app.get("/aliases", responses={200: {"model": AliasesModel}})
+    async def aliases() -> Response:
         """List the aliases with the versions they point to, and what each version is."""
         told = await backend().catalogue()
         listed = {
             alias: {**state, "versions": [v for v in told["versions"] if v["alias"] == alias]}
             for alias, state in told["aliases"].items()
         }
-        return {"default": told["default"], "stages": told["stages"], "aliases": listed}
+        return JSONResponse({"default": told["default"], "stages": told["stages"], "aliases": listed})
 
-    @app.get("/versions")
-    async def versions() -> dict[str, Any]:
+    @app.get("/versions", responses={200: {"model": VersionsModel}})
+    async def versions() -> Response:
         """List the versions that are loaded."""
-        return {"versions": (await backend().catalogue())["versions"]}
+        return JSONResponse({"versions": (await backend().catalogue())["versions"]})
 
-    @app.get("/reports/{alias}/{version}", response_class=HTMLResponse)
-    async def report(alias: str, version: str) -> HTMLResponse:
-        """Return the report of a version: how it was built and how well it searches."""
-        return HTMLResponse(await backend().report(alias, version))
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def scrape() -> Response:
+        """Return this replica's metrics, for Prometheus."""
+        return Response(metrics.page(await backend().catalogue()), media_type=METRICS_TYPE)
+
+
+def _add_search(app: FastAPI, backend: Callable[[], Backend], config: ServeConfig, metrics: Metrics) -> None:
+    def note(call: Call, answer: dict[str, Any], request: SearchRequest) -> None:
+        """Keep what logs, metrics and traces tell of an answer."""
+        queries = [request.query] if request.query is not None else request.queries or []
+        metrics.answer(answer, len(queries))
+        names = ("alias", "version", "complete", "took_ms")
+        facts = {"k": request.k, **{name: answer[name] for name in names if name in answer}}
+        call.facts.update(facts, num_queries=call.facts.get("num_queries", 0) + len(queries))
+        if config.log_queries:
+            call.facts.setdefault("queries", []).extend(queries)
 
     @app.post("/search", responses={200: {"model": SearchResponse}})
-    async def search(request: SearchRequest) -> Response:
+    async def search(asked: SearchRequest, request: Request) -> Response:
         """Search one query or a batch; rerank and answer where asked, as far as the time goes."""
-        request.texts(config)
-        budget_ms = min(request.budget_ms or config.budget_ms, config.budget_ms)
-        return JSONResponse(await backend().search(request, time.monotonic() + budget_ms / 1000))
+        call, num = _call(request), len(asked.texts(config))
+        call.charge(num - 1)
+        budget_ms = min(asked.budget_ms or config.budget_ms, config.budget_ms)
+        answer = await backend().search(asked, time.monotonic() + budget_ms / 1000)
+        note(call, answer, asked)
+        return JSONResponse(answer)
+
+    @app.post("/search/batch", response_class=NDJSON, responses={200: {"model": BatchLine}})
+    async def search_batch(asked: BatchRequest, request: Request) -> Response:
+        """Search many queries; the answers stream as lines of JSON (NDJSON), one a query and in their order."""
+        call = _call(request)
+        asked.check(config)
+        call.charge(len(asked.queries) - 1)
+        batch = Batch(asked, config, call, backend().search, partial(note, call))
+        return NDJSON(batch.lines(await batch.start()))
 
     @app.get("/passages/{passage_id:path}", responses={200: {"model": PassageModel}})
     async def passage(passage_id: str, alias: Name = None, version: Name = None) -> Response:
         """Return the passage with this id."""
         return JSONResponse(await backend().passage(passage_id, alias, version))
 
-    return app
+
+def _add_admin(app: FastAPI, backend: Callable[[], Backend]) -> None:
+    def check_right(request: Request) -> None:
+        """Raise Problem without the right; Access has checked it, by the path alone."""
+        key = _call(request).key
+        if key is None or "admin" not in key.scopes:
+            raise Problem(403, "the key lacks the scope 'admin'", "scope")
+
+    @app.post("/admin/promote", responses={200: {"model": AliasMoved}})
+    async def promote(asked: PromoteRequest, request: Request) -> Response:
+        """Point an alias to another version, on every replica, if the version passes the gate."""
+        check_right(request)
+        return JSONResponse(await backend().promote(asked.alias, asked.version, asked.force))
+
+    @app.post("/admin/rollback", responses={200: {"model": AliasMoved}})
+    async def rollback(asked: RollbackRequest, request: Request) -> Response:
+        """Point an alias back to its previous version."""
+        check_right(request)
+        return JSONResponse(await backend().rollback(asked.alias))
 
 
 def _handle_errors(app: FastAPI) -> None:
@@ -151,28 +262,27 @@ def _handle_errors(app: FastAPI) -> None:
     app.exception_handler(HTTPException)(_http)
 
 
-def _problem(status: int, title: str, detail: str) -> JSONResponse:
-    content = {"type": "about:blank", "title": title, "status": status, "detail": detail}
-    return JSONResponse(content, status, media_type="application/problem+json")
-
-
 async def _refuse(request: Request, error: PinakesError) -> Response:
-    if isinstance(error, ConfigError | InputError):
-        detail = error.what + (f"; expected {error.expected}" if error.expected else "")
-        return _problem(422, "The request can't be answered", detail)
-    if isinstance(error, ArtifactError):
-        return _problem(404, "Not found", error.what)
-    _log.error("request failed: %s", error)
-    return _problem(500, "The server failed", "see its log")
+    problem = of_error(error)
+    if problem.status == 500:
+        raise error  # Access logs it under the request's id
+    return _answer(request, problem)
 
 
 async def _invalid(request: Request, error: RequestValidationError) -> Response:
-    told = "; ".join(f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors())
-    return _problem(422, "The request is not valid", told)
+    told = "; ".join(f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors()[:_MAX_TOLD])
+    return _answer(request, Problem(422, told, "invalid"))
 
 
 async def _http(request: Request, error: HTTPException) -> Response:
-    return _problem(error.status_code, "The request failed", str(error.detail))
+    return _answer(request, Problem(error.status_code, str(error.detail), "http", error.headers))
+
+
+def _answer(request: Request, problem: Problem) -> Response:
+    if (call := request.scope.get("pinakes")) is None:  # until serve.py uses build_api
+        return problem.response("-")
+    call.refused = problem.reason
+    return problem.response(call.request_id)
 
 
 api = FastAPI(title="Pinakes", description="Search a published index.", version="1")

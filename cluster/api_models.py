@@ -64,6 +64,24 @@ class SearchRequest(_Options):
         return texts
 
 
+class BatchRequest(_Options):
+    """Many queries, answered one a line and in order."""
+
+    queries: list[str] = Field(min_length=1, description="One that is blank or too long gets a line that says so.")
+    budget_ms: int | None = Field(None, ge=1, description="Time for each group of queries that are encoded together.")
+
+    def check(self, config: ServeConfig) -> None:
+        """Raise ConfigError when more is asked for than this server gives."""
+        super().check(config)
+        if len(self.queries) > config.max_stream:
+            raise ConfigError(f"{len(self.queries)} queries in one batch", expected=f"at most {config.max_stream}")
+
+    def group(self, texts: Sequence[str], version: str | None) -> SearchRequest:
+        """Return the request for some of the queries. version: the one that the first group was answered from."""
+        options = {name: getattr(self, name) for name in _Options.model_fields}
+        return SearchRequest.model_construct(**{**options, "queries": list(texts), "query": None, "version": version})
+
+
 def check_query(text: str, config: ServeConfig) -> None:
     """Raise ConfigError for a query that is blank or too long."""
     if len(text) > config.max_query_chars:
@@ -131,6 +149,103 @@ class PassageModel(BaseModel):
     text: str
     answers: list[str] | None = None
     metadata: dict[str, Any] | None = None
+
+
+class ProblemModel(BaseModel):
+    """RFC 9457 problem details; `instance` holds the request's id, which is also in the header X-Request-Id."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str
+
+
+class BatchLine(BaseModel):
+    """One line of a batch: an answer as of POST /search, or the `error` that this query alone came to.
+
+    index: position of the query in `queries`.
+    """
+
+    index: int
+    alias: str | None = None
+    version: str | None = None
+    encoder: str | None = None
+    complete: bool | None = None
+    skipped: list[str] | None = None
+    missing_shards: list[int] | None = None
+    hits: list[HitModel] | None = None
+    answers: list[AnswerModel] | None = None
+    explain: dict[str, Any] | None = None
+    error: ProblemModel | None = None
+
+
+class VersionFacts(BaseModel):
+    """A version that is loaded. state: "current", "previous" or "pinned". recall: as measured when it was built."""
+
+    model_config = ConfigDict(extra="allow")
+
+    alias: str
+    version: str
+    state: str
+    num_rows: int
+    dim: int
+    factory: str
+    encoder: str
+
+
+class AliasState(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    current: str
+    previous: str | None
+    versions: list[VersionFacts]
+
+
+class AliasesModel(BaseModel):
+    """default: the alias that is searched when none is named. stages: which of "reranker" and "reader" are there."""
+
+    default: str
+    stages: dict[str, bool]
+    aliases: dict[str, AliasState]
+
+
+class VersionsModel(BaseModel):
+    versions: list[VersionFacts]
+
+
+class ReadyModel(BaseModel):
+    """`ready` alone, where a key is needed and none was sent; else what each alias points to as well."""
+
+    ready: bool
+    reranker: bool | None = None
+    reader: bool | None = None
+    aliases: dict[str, dict[str, Any]] | None = None
+
+
+class AliasMoved(BaseModel):
+    """The alias after the move."""
+
+    model_config = ConfigDict(extra="allow")
+
+    current: str
+    previous: str | None
+
+
+class PromoteRequest(BaseModel):
+    """Which version an alias shall point to."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    alias: NameText
+    version: NameText
+    force: bool = Field(False, description="Switch even to a version whose quality is below the current one's.")
+
+
+class RollbackRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    alias: NameText
 
 
 def found_json(

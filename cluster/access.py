@@ -1,0 +1,284 @@
+"""Who may ask, how much and how often: what stands between the socket and the routes, as one pure ASGI middleware.
+
+    id -> room -> key -> rate -> body -> the routes -> headers -> metrics, log, trace
+
+An error that nobody expected ends here, too: the caller learns the request's id, the log all the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import re
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from cluster.problems import Problem, busy, failed
+from cluster.telemetry import Metrics, Tracer, log_line
+from pipelines.access_keys import AccessKey, KeyRing
+from pipelines.config import ServeConfig
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+_OPEN = {"/", "/health", "/ready", "/docs", "/openapi.json"}
+_ALWAYS = {"/health", "/ready", "/metrics"}
+_BODY_SECONDS = 30.0
+_MAX_CALLERS = 10_000
+_GONE = 499
+"""In logs and metrics alone: the caller did not wait for the answer (nginx made the number known)."""
+_HEADERS = {
+    b"x-content-type-options": b"nosniff",
+    b"x-frame-options": b"DENY",
+    b"referrer-policy": b"no-referrer",
+    b"cache-control": b"no-store",
+    b"cross-origin-resource-policy": b"same-origin",
+    b"content-security-policy": b"default-src 'none'; frame-ancestors 'none'",
+}
+
+
+class _Gone(Exception):
+    """The caller went away before the request was whole."""
+
+
+class RateLimit:
+    """A token bucket for each caller, in this replica: `burst` queries at once, then `rate` a second.
+
+    A batch is let in when one query would be, and its other queries are charged then: callers go into debt and wait it
+    out. Callers not heard of for longest are forgotten beyond 10,000.
+    """
+
+    def __init__(self, rate: float, burst: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.rate, self.burst, self._clock = rate, burst, clock
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def wait_seconds(self, caller: str) -> float:
+        """Take one query's token and return 0, or return the seconds until there will be one."""
+        left = self._left(caller)
+        if left < 1:
+            return (1 - left) / self.rate
+        self._keep(caller, left - 1)
+        return 0.0
+
+    def charge(self, caller: str, num: int) -> None:
+        self._keep(caller, self._left(caller) - num)
+
+    def _left(self, caller: str) -> float:
+        tokens, at = self._buckets.get(caller, (float(self.burst), self._clock()))
+        return min(float(self.burst), tokens + (self._clock() - at) * self.rate)
+
+    def _keep(self, caller: str, tokens: float) -> None:
+        self._buckets[caller] = (tokens, self._clock())
+        self._buckets.move_to_end(caller)
+        if len(self._buckets) > _MAX_CALLERS:
+            self._buckets.popitem(last=False)
+
+
+class Call:
+    """One request: who asks, what its route found out (`facts`, for log and trace), and what was answered."""
+
+    def __init__(self, scope: Message, headers: dict[str, str], send: Send) -> None:
+        given = headers.get("x-request-id", "")
+        self.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        self.began = time.perf_counter()
+        self.key: AccessKey | None = None
+        self.facts: dict[str, Any] = {}
+        self.status, self.refused, self._scope, self._send = 0, "", scope, send
+        self.charge: Callable[[int], None] = lambda num: None
+
+    @property
+    def route(self) -> str:
+        """The path with its parameters' names in it, so that there are few of them."""
+        return getattr(self._scope.get("route"), "path", "") or "none"
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+    async def send(self, message: Message) -> None:
+        """Pass a message on; the first one gets the headers that every answer bears."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = list(message.get("headers", []))
+            known = {name.lower() for name, _ in headers}
+            headers += [pair for pair in _HEADERS.items() if pair[0] not in known]
+            message = {**message, "headers": [*headers, (b"x-request-id", self.request_id.encode())]}
+        await self._send(message)
+
+    async def refuse(self, problem: Problem, receive: Receive) -> None:
+        self.refused = problem.reason
+        await problem.response(self.request_id)(self._scope, receive, self.send)
+
+
+class Access:
+    """The middleware. keys: None where no key is ever needed."""
+
+    def __init__(
+        self, app: Any, config: ServeConfig, keys: KeyRing | None, metrics: Metrics, tracer: Tracer | None = None
+    ) -> None:
+        self.app, self.config, self.keys, self.metrics, self.tracer = app, config, keys, metrics, tracer
+        self.limit = RateLimit(config.rate_per_second, config.rate_burst) if config.rate_per_second else None
+        self.in_flight = 0
+        self._reading: asyncio.Task[None] | None = None
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        call = scope["pinakes"] = Call(scope, headers, send)
+        self._count(1)
+        try:
+            await self.app(scope, await self._admit(scope, headers, receive, call), call.send)
+        except Problem as problem:
+            await call.refuse(problem, receive)
+        except _Gone:
+            call.status = _GONE
+        except asyncio.CancelledError:
+            call.status = call.status or _GONE
+            raise
+        except Exception as error:
+            log_line("failure", {"request_id": call.request_id, "route": call.route}, error)
+            if call.status:
+                raise  # part of an answer is out: the server cuts the connection, and the caller sees it
+            await call.refuse(failed(), receive)
+        finally:
+            self._count(-1)
+            self._record(scope["method"], headers, call)
+
+    def _count(self, step: int) -> None:
+        self.in_flight += step
+        self.metrics.in_flight(self.in_flight)
+
+    async def _admit(self, scope: Message, headers: dict[str, str], receive: Receive, call: Call) -> Receive:
+        """Return a `receive` that gives the whole body. Raises Problem for who may not pass."""
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if self.in_flight > self.config.max_ongoing and path not in _ALWAYS:
+            raise busy(f"{self.config.max_ongoing} requests are under way", "in_flight", 1.0)
+        if self.keys is not None:
+            await self._refresh(self.keys)
+            call.key = self._key(self.keys, headers)
+        self._check_scope(path, call.key)
+        if self.limit and path not in _OPEN:
+            self._check_rate(self.limit, scope, call)
+        if scope["method"] not in ("POST", "PUT", "PATCH"):
+            return receive
+        return _replay(await self._body(headers, receive), receive)
+
+    async def _refresh(self, keys: KeyRing) -> None:
+        """Read the keys again when they are due, on a thread, and without making this request wait for it."""
+        if keys.stale and (self._reading is None or self._reading.done()):
+            self._reading = asyncio.create_task(asyncio.to_thread(keys.refresh))
+
+    def _key(self, keys: KeyRing, headers: dict[str, str]) -> AccessKey | None:
+        """Return the key that was presented, None without one. Raises Problem (401) for one that is not good."""
+        kind, _, bearer = headers.get("authorization", "").partition(" ")
+        presented = headers.get("x-api-key") or (bearer.strip() if kind.lower() == "bearer" else "")
+        if not presented:
+            return None
+        key = keys.find(presented)
+        if key is None:
+            raise _unauthorised("the key is not known here")
+        if key.expired():
+            raise _unauthorised(f"the key {key.id} has expired")
+        return key
+
+    def _check_scope(self, path: str, key: AccessKey | None) -> None:
+        admin = path.startswith("/admin/")
+        if not admin and (path in _OPEN or not self.config.require_key):
+            return
+        if key is None:
+            raise _unauthorised("send a key: Authorization: Bearer KEY, or X-Api-Key: KEY")
+        wanted = "admin" if admin else "search"
+        if wanted not in key.scopes and path != "/metrics":
+            raise Problem(403, f"the key {key.id} lacks the scope {wanted!r}", "scope")
+
+    def _check_rate(self, limit: RateLimit, scope: Message, call: Call) -> None:
+        caller = call.key.id if call.key else (scope.get("client") or ["?"])[0]
+        if wait := limit.wait_seconds(caller):
+            raise busy(f"more than {limit.rate:g} queries a second", "rate", wait, 429)
+        call.charge = lambda num: limit.charge(caller, num)
+
+    async def _body(self, headers: dict[str, str], receive: Receive) -> bytes:
+        """Return the whole body. Raises Problem for one that is no JSON, too large (413) or too slow (408)."""
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+            raise Problem(415, "send the header Content-Type: application/json", "media_type")
+        most = self.config.max_body_bytes
+        declared = headers.get("content-length", "0")
+        if declared.isdecimal() and int(declared) > most:
+            raise _too_large(most)
+        try:
+            async with asyncio.timeout(_BODY_SECONDS):
+                return await _read(receive, most)
+        except TimeoutError:
+            raise Problem(408, f"the body took longer than {_BODY_SECONDS:.0f} seconds", "slow_body") from None
+
+    def _record(self, method: str, headers: dict[str, str], call: Call) -> None:
+        """Tell metrics, log and trace what became of a request."""
+        seconds = call.seconds
+        self.metrics.request(call.route, method, call.status, seconds)
+        if call.refused:
+            self.metrics.refused(call.refused)
+        if self.config.access_log:
+            who = {"key": call.key.id} if call.key else {}
+            told = {"request_id": call.request_id, "method": method, "route": call.route, "status": call.status}
+            refused = {"refused": call.refused} if call.refused else {}
+            log_line("request", {**told, "ms": round(seconds * 1000, 3), **who, **refused, **call.facts})
+        if self.tracer:
+            self.tracer.request(call, method, headers)
+
+
+async def _read(receive: Receive, most: int) -> bytes:
+    pieces, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise _Gone
+        pieces.append(message.get("body", b""))
+        size += len(pieces[-1])
+        if size > most:
+            raise _too_large(most)
+        if not message.get("more_body"):
+            return b"".join(pieces)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def next_message() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return next_message
+
+
+def _too_large(most: int) -> Problem:
+    return Problem(413, f"the body is larger than {most} bytes", "body", {"Connection": "close"})
+
+
+def _unauthorised(detail: str) -> Problem:
+    return Problem(401, detail, "key", {"WWW-Authenticate": "Bearer"})
+
+
+def exposure(config: ServeConfig) -> str | None:
+    """Return a warning when whoever reaches this machine may search, else None."""
+    if config.require_key or _is_loopback(config.host):
+        return None
+    return (
+        f"serving on {config.host} without keys: whoever reaches port {config.port} can search. "
+        "Set serve.require_key=true and make keys with `pinakes keys create NAME`"
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,98 @@
+"""POST /search/batch: many queries in, one line of JSON for each out, as they are answered.
+
+Queries are encoded and searched in groups. All groups are answered from the version that answered the first one, so a
+switch in the middle does not mix two vector spaces in one batch.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from cluster.access import Call
+from cluster.api_models import BatchRequest, SearchRequest, check_query
+from cluster.problems import Problem, failed, of_error
+from cluster.telemetry import log_line
+from pipelines.config import ServeConfig
+from pipelines.errors import BusyError, PinakesError
+
+GROUP = 64
+"""Queries that are encoded together: enough to fill the arithmetic, few enough that lines come soon."""
+
+Outcome = dict[str, Any] | Problem
+
+
+class Batch:
+    """One batch under way. search: the backend's; note: what counts an answer."""
+
+    def __init__(
+        self, request: BatchRequest, config: ServeConfig, call: Call, search: Any, note: Callable[..., None]
+    ) -> None:
+        self.request, self.config, self.call, self._search, self._note = request, config, call, search, note
+        self.size = min(GROUP, config.max_batch)
+        self.version = request.version
+
+    async def start(self) -> list[Outcome]:
+        """Return the outcomes of the first group. Raises what they all came to, if that is one and the same error:
+        an alias that does not exist, say, is told by the status of the whole request."""
+        first = await self._group(0)
+        problems = [outcome for outcome in first if isinstance(outcome, Problem)]
+        if len(problems) == len(first) and len({(p.status, p.detail) for p in problems}) == 1:
+            raise problems[0]
+        return first
+
+    async def lines(self, first: Sequence[Outcome]) -> AsyncIterator[bytes]:
+        """Yield the lines of a group at a time, those of `first` to begin with."""
+        for start in range(0, len(self.request.queries), self.size):
+            outcomes = await self._group(start) if start else first
+            yield b"".join(self._line(start + i, outcome) for i, outcome in enumerate(outcomes))
+
+    def _line(self, index: int, outcome: Outcome) -> bytes:
+        told = {"error": outcome.content(self.call.request_id)} if isinstance(outcome, Problem) else outcome
+        line = json.dumps({"index": index, **told}, ensure_ascii=False)
+        return line.encode("utf-8", "backslashreplace") + b"\n"
+
+    async def _group(self, start: int) -> list[Outcome]:
+        outcomes: dict[int, Outcome] = {}
+        for i, text in enumerate(self.request.queries[start : start + self.size]):
+            try:
+                check_query(text, self.config)
+            except PinakesError as error:
+                outcomes[i] = of_error(error)
+        asked = [i for i in range(len(self.request.queries[start : start + self.size])) if i not in outcomes]
+        answers = await self._ask([self.request.queries[start + i] for i in asked])
+        outcomes.update(zip(asked, answers, strict=True))
+        return [outcomes[i] for i in sorted(outcomes)]
+
+    async def _ask(self, texts: Sequence[str]) -> list[Outcome]:
+        """Return the answer to each query. When they fail together each is tried alone, so that one does not spoil
+        the others; but not by a server that is too busy."""
+        if not texts:
+            return []
+        try:
+            return await self._together(self.request.group(texts, self.version))
+        except BusyError as error:
+            return [of_error(error)] * len(texts)
+        except Exception as error:
+            if len(texts) == 1:
+                return [self._problem(error)]
+        return [outcome for text in texts for outcome in await self._ask([text])]
+
+    def _problem(self, error: Exception) -> Problem:
+        problem = of_error(error) if isinstance(error, PinakesError) else failed()
+        if problem.status >= 500:
+            log_line("failure", {"request_id": self.call.request_id, "route": self.call.route}, error)
+        return problem
+
+    async def _together(self, group: SearchRequest) -> list[Outcome]:
+        budget_ms = min(self.request.budget_ms or self.config.budget_ms, self.config.budget_ms)
+        answer = await self._search(group, time.monotonic() + budget_ms / 1000)
+        self._note(answer, group)
+        self.version = answer["version"]
+        names = ("alias", "version", "encoder", "complete", "skipped", "missing_shards", "explain")
+        shared = {name: answer[name] for name in names if name in answer}
+        read = answer.get("results_answers")
+        more = [{"answers": few} for few in read] if read is not None else [{}] * len(answer["results"])
+        return [{**shared, "hits": hits, **m} for hits, m in zip(answer["results"], more, strict=True)]
