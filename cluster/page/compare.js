@@ -59,7 +59,7 @@ function markMove(node, side, found, answer) {
   const badge = there ? having(element("button", `move ${told[0]}`), { type: "button", tabindex: "-1" }) : element("span", `move ${told[0]}`);
   badge.append(having(element("span", "", told[1]), { "aria-hidden": "true" }), element("span", "visually-hidden", told[2]));
   node.querySelector(".rank").replaceWith(badge);
-  having(node, { "data-side": `${answer.alias} ${answer.version}` });
+  having(node, { "data-side": `${answer.alias} ${answer.version}`, "aria-label": `${node.ariaLabel}, ${told[2]}` });
   if (found.edited.has(id)) node.querySelector(".id").append(" · its text differs between the two");
 }
 

@@ -49,15 +49,14 @@ function askForKey() {
 /** Ask what is served; fill in the choices. While the service is starting, ask again every few seconds. */
 async function learn() {
   clearTimeout(waiting);
-  let told = null, status = 0;
+  let told = null, response = null;
   try {
-    const response = await fetchFrom("aliases");
-    status = response.status;
+    response = await fetchFrom("aliases");
     told = response.ok ? await response.json() : null;
   } catch { /* told below, and by the search itself */ }
-  if (status === 401 || status === 403) {
+  if ([401, 403].includes(response?.status)) {
     $("about").textContent = "This server asks for an API key.";
-    return askForKey();
+    return key ? showProblem(await problemOf(response), "") : askForKey();
   }
   if (!told) {
     $("about").textContent = "The service is not ready yet.";
@@ -68,10 +67,17 @@ async function learn() {
   const aliases = Object.entries(told.aliases);
   $("about").replaceChildren(...aliases.flatMap(([alias, { current, versions }]) => versions.filter((about) => about.version === current)
     .map((about) => element("p", "", ...originNodes({ alias, version: about.version, encoder: about.encoder })))));
-  fillForm(running || location.search ? stateOf(location.search) : { ...formState(), alias: "" });
+  const { query, filter, budget } = formState();  // what was typed meanwhile stays
+  fillForm({ ...stateOf(location.search), query, filter, budget });
 }
 
 // What the user does
+
+/** Search for what the address says, unless a key has to be given first. */
+function searchAddress() {
+  const state = stateOf(location.search);
+  if (state.query && $("unlock").hidden) search(state);
+}
 
 function submit() {
   const state = formState();
@@ -147,7 +153,7 @@ function useKey(event) {
   $("unlock").hidden = true;
   $("forget").hidden = false;
   $("notice").replaceChildren();
-  learn().then(() => $("q").value.trim() && search(stateOf(location.search)));
+  learn().then(searchAddress);
 }
 
 function forgetKey() {
@@ -191,4 +197,4 @@ $("theme").addEventListener("click", () => {
 
 setTheme({ dark: "dark", light: "light" }[recalled("localStorage", THEME)] || "");
 fillForm(stateOf(location.search));
-learn().then(() => stateOf(location.search).query && search(stateOf(location.search)));
+learn().then(searchAddress);

@@ -97,7 +97,7 @@ function formState() {
 function fillForm(state) {
   const aliases = Object.keys(served.aliases);
   const alias = state.alias || served.default || "";
-  $("q").value = state.query;
+  if ($("q").value.trim() !== state.query) $("q").value = state.query;
   offer("k", [...new Set([5, 10, 20, 50, 100, state.k])].sort((a, b) => a - b).map((k) => [String(k), String(k)]), String(state.k));
   offer("alias", aliases.map((name) => [name, name]), alias);
   $("alias-choice").hidden = aliases.length < 2 && !state.alias;
