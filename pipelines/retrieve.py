@@ -17,19 +17,27 @@ import pyarrow as pa
 from pipelines.build import id_digests
 from pipelines.encode import Encoder, EncoderSpec
 from pipelines.errors import ArtifactError, ConfigError
+from pipelines.filters import Filter, fields_of, mask, parse_filter
+from pipelines.index.among import Selection, Selections, search_among, select
 from pipelines.index.build import read
 from pipelines.index.search import merge_topk, search
 from pipelines.publish import index_store, read_version
 from pipelines.schema import Hit, Passage
+from pipelines.storage import Store
 
 Array = npt.NDArray[Any]
+
+_selections = Selections(256 << 20)  # of all shards in this process: a bit for every row of a shard, for each filter
 
 
 class ShardSearch(Protocol):
     """One shard, here or on another machine."""
 
-    def search(self, queries_BD: Array, k: int) -> tuple[Array, Array]:
-        """Return (score_BK float32, row_BK int64), best first; row -1 where there are fewer than k."""
+    def search(self, queries_BD: Array, k: int, where: Filter | None = None) -> tuple[Array, Array]:
+        """Return (score_BK float32, row_BK int64), best first; row -1 where there are fewer than k.
+
+        where: of the passages that satisfy it alone.
+        """
         ...
 
 
@@ -48,6 +56,8 @@ class LocalShard:
         self.params, self.num_threads = manifest["search_params"], num_threads
         first, stop = entry.get("first_row", 0), entry.get("first_row", 0) + entry["num_rows"]
         self.unfit = np.array([r for r in manifest.get("quarantined", []) if first <= r < stop], np.int64)
+        self.first_row, self._key = first, (store.path(name), entry["sha256"])
+        self._open_passages = lambda: _open_table(store, manifest, f"passages-{number:03d}.arrow")
         if (self.index.ntotal, self.index.d) != (entry["num_rows"], manifest["dim"]):
             raise ArtifactError(
                 f"the shard holds {self.index.ntotal} vectors of width {self.index.d}",
@@ -56,11 +66,20 @@ class LocalShard:
                 hint="rebuild the version",
             )
 
-    def search(self, queries_BD: Array, k: int) -> tuple[Array, Array]:
+    def search(self, queries_BD: Array, k: int, where: Filter | None = None) -> tuple[Array, Array]:
+        if where is not None:
+            selection = _selections.get((*self._key, where), lambda: self._select(where))
+            return search_among(self.index, selection, queries_BD, k, self.params, self.num_threads)
+
         def find(depth: int) -> tuple[Array, Array]:
             return search(self.index, queries_BD, depth, self.params, self.num_threads)
 
         return find(k) if not len(self.unfit) else search_without(self.unfit, find, k, self.index.ntotal)
+
+    def _select(self, where: Filter) -> Selection:
+        fits_N = mask(where, self._open_passages())
+        fits_N[self.unfit - self.first_row] = False
+        return select(self.index, fits_N, self.first_row)
 
 
 def search_without(
@@ -91,8 +110,7 @@ class Passages:
         self.first_rows: list[int] = []
         for number in range(manifest["num_shards"]):
             for name in (f"passages-{number:03d}.arrow", f"ids-{number:03d}.arrow"):
-                entry = _file_entry(manifest, name)
-                table = pa.ipc.open_file(pa.memory_map(store.local(name, entry["sha256"]))).read_all()
+                table, entry = _open_table(store, manifest, name), _file_entry(manifest, name)
                 if name.startswith("passages"):
                     self.tables.append(table)
                     self.first_rows.append(entry["first_row"])
@@ -101,6 +119,11 @@ class Passages:
 
     def __len__(self) -> int:
         return sum(len(t) for t in self.tables)
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """Return the metadata that the passages carry: the name of each field and its type."""
+        return fields_of(self.tables[0].schema)
 
     def by_row(self, row: int) -> Passage:
         """Return the passage of one row. Raises ConfigError when the row does not exist."""
@@ -156,17 +179,23 @@ class Retriever:
         """Open the version that alias `name` points to, or `version` of that index."""
         return cls(root, read_version(root, name, version))
 
-    def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
-        """Return up to k hits for each query, best first."""
-        hits, _ = self.search_timed(queries, k)
+    def search(self, queries: Sequence[str], k: int, where: Filter | None = None) -> list[list[Hit]]:
+        """Return up to k hits for each query, best first, of the passages that satisfy `where`."""
+        hits, _ = self.search_timed(queries, k, where)
         return hits
 
-    def search_timed(self, queries: Sequence[str], k: int) -> tuple[list[list[Hit]], dict[str, float]]:
+    def filter(self, content: Any) -> Filter | None:
+        """Check a filter on the version's metadata; see `filters.parse_filter`. Raises ConfigError."""
+        return None if content is None else parse_filter(content, self.passages.fields)
+
+    def search_timed(
+        self, queries: Sequence[str], k: int, where: Filter | None = None
+    ) -> tuple[list[list[Hit]], dict[str, float]]:
         """Return the hits and the milliseconds that encode, search and fetch took."""
         clock = [time.perf_counter()]
         emb_BD = self.encoder.encode_queries(queries)
         clock.append(time.perf_counter())
-        score_BK, row_BK = self.search_vectors(emb_BD, k)
+        score_BK, row_BK = self.search_vectors(emb_BD, k, where)
         clock.append(time.perf_counter())
         hits = self.passages.hits(score_BK, row_BK)
         clock.append(time.perf_counter())
@@ -175,12 +204,12 @@ class Retriever:
         }
         return hits, spent
 
-    def search_vectors(self, emb_BD: Array, k: int) -> tuple[Array, Array]:
+    def search_vectors(self, emb_BD: Array, k: int, where: Filter | None = None) -> tuple[Array, Array]:
         """Return (score_BK, row_BK) over all shards, searched in parallel and merged best first."""
         check_k(k, self.manifest)
         if len(self.shards) == 1:
-            return self.shards[0].search(emb_BD, k)
-        return merge_topk(list(self._threads.map(lambda shard: shard.search(emb_BD, k), self.shards)), k)
+            return self.shards[0].search(emb_BD, k, where)
+        return merge_topk(list(self._threads.map(lambda shard: shard.search(emb_BD, k, where), self.shards)), k)
 
 
 def check_k(k: int, manifest: dict[str, Any]) -> None:
@@ -222,6 +251,11 @@ def _file_entry(manifest: dict[str, Any], name: str) -> dict[str, Any]:
             f"the manifest does not list {name}", where=f"version {manifest['version']}", hint="rebuild the version"
         ) from None
     return entry
+
+
+def _open_table(store: Store, manifest: dict[str, Any], name: str) -> pa.Table:
+    path = store.local(name, _file_entry(manifest, name)["sha256"])
+    return pa.ipc.open_file(pa.memory_map(path)).read_all()
 
 
 def _column(table: pa.Table, name: str) -> Array:

@@ -36,17 +36,17 @@ def search(
     import faiss
 
     use_threads(num_threads)
-    queries = _checked_queries(queries_BD, index.d)
+    queries = checked_queries(queries_BD, index.d)
     values = check_params(index, params or {})
     _check_k(k)
     depth = min(k, index.ntotal)  # a graph asked for more than it holds may never return
     if not depth or not len(queries):
-        return _padded(np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64), k)
+        return padded(np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64), k)
     graph = nsg_of(index)
     if graph is not None:
         distance_BK, row_BK = _search_nsg(index, graph, queries, depth, values)
     else:
-        distance_BK, row_BK = index.search(queries, depth, params=_parameters(index, values))
+        distance_BK, row_BK = index.search(queries, depth, params=parameters(index, values))
     score_BK = distance_BK if faiss.is_similarity_metric(index.metric_type) else -distance_BK
     return merge_topk([(score_BK, row_BK)], k)
 
@@ -67,7 +67,7 @@ def merge_topk(parts: Sequence[Hits], k: int) -> Hits:
     score, row = np.where(row < 0, -np.inf, score), np.where(row < 0, _LAST_ROW, row)
     best = np.lexsort((row, -score), axis=1)[:, :k]
     score, row = np.take_along_axis(score, best, axis=1), np.take_along_axis(row, best, axis=1)
-    return _padded(score, np.where(row == _LAST_ROW, _NO_ROW, row), k)
+    return padded(score, np.where(row == _LAST_ROW, _NO_ROW, row), k)
 
 
 def exact_topk(
@@ -87,7 +87,7 @@ def exact_topk(
     product = faiss.LinearTransform(queries.shape[1], len(queries), False)
     faiss.copy_array_to_vector(queries.ravel(), product.A)
     product.is_trained = True
-    best = _padded(np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64), k)
+    best = padded(np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64), k)
     step = max(1, min(_ROWS_AT_ONCE, _SCORES_AT_ONCE // max(1, len(queries))))
     for vectors_ND, rows_N in blocks:
         if vectors_ND.shape[1:] != queries.shape[1:] or len(rows_N) != len(vectors_ND):
@@ -140,39 +140,46 @@ def _check_value(name: str, value: Any) -> None:
         raise ConfigError(f"{name} is {value!r}", where="search params", expected=f"{kind} of at least {least}")
 
 
-def _parameters(index: Any, values: Mapping[str, float]) -> Any:
+def parameters(index: Any, values: Mapping[str, float], selector: Any = None) -> Any:
     """Return the FAISS SearchParameters for `values`, nested as the index is; None where nothing is set.
 
     Creating the object resets what is not named to FAISS's defaults, so the index's own settings are copied over.
+    selector: of the rows to be found, for the innermost index, which alone takes one.
     """
     import faiss
 
-    if not values:
+    if not values and selector is None:
         return None
     if isinstance(index, faiss.IndexIDMap):
-        return _parameters(faiss.downcast_index(index.index), values)
+        return parameters(faiss.downcast_index(index.index), values, selector)
     if isinstance(index, faiss.IndexPreTransform):
-        return faiss.SearchParametersPreTransform(index_params=_parameters(faiss.downcast_index(index.index), values))
+        below = parameters(faiss.downcast_index(index.index), values, selector)
+        return faiss.SearchParametersPreTransform(index_params=below)
     if isinstance(index, faiss.IndexRefine):
-        below = {name: value for name, value in values.items() if name != "k_factor"}
-        base = _parameters(faiss.downcast_index(index.base_index), below)
+        others = {name: value for name, value in values.items() if name != "k_factor"}
+        base = parameters(faiss.downcast_index(index.base_index), others, selector)
         return faiss.IndexRefineSearchParameters(
             k_factor=float(values.get("k_factor", index.k_factor)), base_index_params=base
         )
     if isinstance(index, faiss.IndexIVF):
-        return _ivf_parameters(index, values)
-    return _hnsw_parameters(index.hnsw, values.get("efSearch", index.hnsw.efSearch))
+        found = _ivf_parameters(index, values)
+    elif isinstance(index, faiss.IndexHNSW):
+        found = _hnsw_parameters(index.hnsw, values.get("efSearch", index.hnsw.efSearch))
+    else:
+        found = faiss.SearchParameters()
+    found.sel = selector
+    return found
 
 
 def _ivf_parameters(index: Any, values: Mapping[str, float]) -> Any:
     import faiss
 
-    parameters = faiss.SearchParametersIVF(
+    found = faiss.SearchParametersIVF(
         nprobe=int(values.get("nprobe", index.nprobe)), max_codes=int(values.get("max_codes", index.max_codes))
     )
     if "quantizer_efSearch" in values:
-        parameters.quantizer_params = _hnsw_parameters(_hnsw_quantizer(index).hnsw, values["quantizer_efSearch"])
-    return parameters
+        found.quantizer_params = _hnsw_parameters(_hnsw_quantizer(index).hnsw, values["quantizer_efSearch"])
+    return found
 
 
 def _hnsw_parameters(hnsw: Any, ef_search: float) -> Any:
@@ -233,7 +240,7 @@ def _keep_best(best: Hits, score_BN: Array, rows_N: Array, k: int) -> Hits:
     return merge_topk([best, (score_BK, row_BK)], k)
 
 
-def _checked_queries(queries_BD: Array, dim: int) -> npt.NDArray[np.float32]:
+def checked_queries(queries_BD: Array, dim: int) -> npt.NDArray[np.float32]:
     if queries_BD.ndim != 2:
         raise InputError(f"queries have shape {queries_BD.shape}", where="search", expected=f"(B, {dim})")
     if queries_BD.shape[1] != dim:
@@ -250,7 +257,7 @@ def _check_k(k: int) -> None:
         raise ConfigError(f"k is {k}", where="search", expected="1 or more")
 
 
-def _padded(score_BK: Array, row_BK: Array, k: int) -> Hits:
+def padded(score_BK: Array, row_BK: Array, k: int) -> Hits:
     short = ((0, 0), (0, k - row_BK.shape[1]))
     return (
         np.pad(score_BK, short, constant_values=-np.inf).astype(np.float32, copy=False),
