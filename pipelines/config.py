@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -84,11 +84,16 @@ class EncoderConfig(Strict):
     """Tokens in a micro-batch; without it, found by measurement when encoding starts."""
 
 
+ONLY_AUTO = ("max_memory_gb", "max_ms", "pilot_rows")
+"""Keys of the index that choose its factory: once it is chosen they determine nothing of a version."""
+
+
 class IndexConfig(Strict):
     """What is built: any FAISS factory string that is valid for the encoder's dimension."""
 
     name: Name = "index"
     factory: str = "Flat"
+    """A FAISS factory string, or `auto`: the cheapest that a pilot on a sample finds to keep `min_recall`."""
     metric: Literal["auto", "ip", "l2"] = "auto"
     """auto: inner product (cosine encoders give unit vectors, so it ranks them by cosine)."""
     num_shards: int | None = Field(default=None, ge=1)
@@ -98,14 +103,31 @@ class IndexConfig(Strict):
     """Rows that one add task puts into its piece of a mergeable index."""
     train_rows: int | None = Field(default=None, ge=1)
     """Size of the training sample; by default what the factory needs."""
+    train: Literal["auto", "local", "distributed"] = "auto"
+    """Where the lists' centroids are found: by one process, or by all workers on shares of the sample; auto spreads a
+    sample of more than a million rows or a gigabyte."""
     seed: int = 0
     search_params: dict[str, int | float] = {}
     """FAISS search parameters of the version, such as nprobe or efSearch; empty, they are tuned to `min_recall`."""
     min_recall: float | None = Field(default=None, ge=0, le=1)
     """Refuse to publish below this recall@10 against exact search; without search_params, also tune to it."""
+    max_memory_gb: float | None = Field(default=None, gt=0)
+    """With `factory: auto`, the gigabytes (10^9 bytes) that a replica may hold in memory for the index."""
+    max_ms: float | None = Field(default=None, gt=0)
+    """With `factory: auto`, the milliseconds within which 95 of 100 searches of the index end on one core."""
+    pilot_rows: int = Field(default=50_000, ge=1)
+    """Passages in the sample that a pilot tries indexes on."""
     recall_queries: int = Field(default=1000, ge=1)
     """Held-out queries; where parameters are tuned, half are tuned on, and the others tell the recall (at 0.95 give or
     take about 0.01 with 500)."""
+
+    @model_validator(mode="after")
+    def _auto_has_a_target(self) -> IndexConfig:
+        if self.factory == "auto" and (self.min_recall is None or self.search_params):
+            raise ValueError("factory: auto needs min_recall, and finds search_params itself")
+        if self.factory != "auto" and (self.max_memory_gb or self.max_ms):
+            raise ValueError("max_memory_gb and max_ms are limits of factory: auto")
+        return self
 
 
 class EvaluateConfig(Strict):
@@ -322,10 +344,14 @@ def _problem(item: dict[str, Any]) -> str:
 def _keys_at(location: list[str]) -> list[str]:
     model: type[BaseModel] = Config
     for piece in location:
+        if piece.isdigit():  # a place in a list
+            continue
         annotation = model.model_fields[piece].annotation if piece in model.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        kinds = (kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type))
+        inner = next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
+        if inner is None:
             return []
-        model = annotation
+        model = inner
     return sorted(model.model_fields)
 
 
