@@ -43,7 +43,7 @@ from cluster.api_stream import Batch
 from cluster.problems import Problem, of_error
 from cluster.search_page import search_page
 from cluster.telemetry import METRICS_TYPE, Metrics, Tracer, open_log
-from pipelines.access_keys import KeyFile, KeyRing
+from pipelines.access_keys import KeyFile, KeyRing, default_url
 from pipelines.config import ServeConfig
 from pipelines.errors import ConfigError, PinakesError
 
@@ -137,7 +137,7 @@ def _ring(config: ServeConfig, keys: KeyFile | None) -> KeyRing | None:
 
 def key_file(config: ServeConfig, root: str) -> KeyFile:
     """Return the file that the config names for API keys, or the root's own."""
-    return KeyFile(config.keys or f"{root.rstrip('/')}/keys.json")
+    return KeyFile(config.keys or default_url(root))
 
 
 def _call(request: Request) -> Call:

@@ -93,7 +93,7 @@ def evaluation_summary(result: dict[str, Any]) -> Any:
 def search_summary(result: dict[str, Any]) -> str:
     lines = [f"{result['query']}    (version {result['version']}, {sum_ms(result['took_ms']):.0f} ms)"]
     for answer in result.get("answers", [])[:3]:
-        source = f"  [{answer['passage']}]" if answer["passage"] else ""
+        source = f"  [{answer['passage']}]" if answer.get("passage") else ""
         lines.append(f"   answer: {answer['text']}{source}  {answer['score']:.2f}")
     for rank, hit in enumerate(result["hits"], 1):
         text = hit["text"] if len(hit["text"]) <= 300 else hit["text"][:300] + "…"

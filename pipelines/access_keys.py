@@ -33,6 +33,11 @@ _REFRESH_SECONDS = 5.0
 _ATTEMPTS = 5
 
 
+def default_url(root: str) -> str:
+    """Return where the keys of a root are kept unless the config says otherwise."""
+    return f"{root.rstrip('/')}/keys.json"
+
+
 @dataclass(frozen=True)
 class AccessKey:
     """What is kept of a key. created, expires: ISO 8601 with a time zone; expires None: never. sha256: of the key."""
