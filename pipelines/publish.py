@@ -93,7 +93,7 @@ def check_recall(plan: BuildPlan, content: dict[str, Any]) -> None:
 
 
 def render(manifest: dict[str, Any], evaluation: dict[str, Any] | None) -> bytes:
-    from pipelines.report import render_report
+    from pipelines.report.page import render_report
 
     files = {n: {"bytes": f["num_bytes"], **f} for n, f in manifest["files"].items()}
     return render_report({**manifest, "files": files}, evaluation).encode()

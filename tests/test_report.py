@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.evaluate import percentiles, score_retrieval
-from pipelines.report import STYLE, render_report
+from pipelines.report.page import render_report
+from pipelines.report.style import STYLE
 from pipelines.schema import Hit, Passage, Question
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -74,7 +75,37 @@ MANIFEST: dict[str, Any] = {
     "embeddings": "b7715c0e9921d3aa",
     "encoder": {"checkpoint": "facebook/dpr", "family": "dpr", "fingerprint": "b7715c0e9921d3aa", "dim": 768},
     "search_params": {"nprobe": 64},
-    "recall": {"k": 10, "value": 0.9632, "ci95": 0.0061, "num_queries": 2000, "target": 0.95},
+    "recall": {
+        "k": 10,
+        "value": 0.9632,
+        "ci95": 0.0061,
+        "num_queries": 2000,
+        "target": 0.95,
+        "curve": [
+            {"params": {"nprobe": 16}, "recall": 0.81, "ms": 0.5},
+            {"params": {"nprobe": 64}, "recall": 0.966, "ms": 1.75},
+            {"params": {"nprobe": 96}, "recall": 0.96, "ms": 2.0},
+            {"params": {"nprobe": 128}, "recall": 0.99, "ms": 50.0},
+        ],
+    },
+    "lists": {
+        "num_lists": 65_536,
+        "imbalance": 1.8321,
+        "smallest": 0,
+        "median": 260.0,
+        "largest": 3001,
+        "histogram": [{"up_to": 0, "lists": 6}, {"up_to": 320, "lists": 41_530}, {"up_to": 3001, "lists": 24_000}],
+    },
+    "forecast": {
+        "factory": "OPQ96,IVF65536,PQ96",
+        "asked": {"min_recall": 0.95, "max_memory_gb": 8.0, "max_ms": None},
+        "figures": {
+            "recall": {"forecast": 0.9585, "actual": 0.9632, "ratio": 1.0049},
+            "ms": {"forecast": 1.6, "actual": 1.75, "ratio": 1.0938},
+            "memory_bytes": {"forecast": 2_300_000_000, "actual": 2_100_000_000, "ratio": 0.913},
+            "add_seconds": {"forecast": 4000.0, "actual": 3981.7, "ratio": 0.9954},
+        },
+    },
     "timings_seconds": {"train": 412.2, "add": 3981.7, "merge": 6.0},
     "files": {
         "trained.faiss": {"bytes": 3_400_000, "sha256": "a" * 64},
@@ -102,7 +133,8 @@ EVALUATION: dict[str, Any] = {
     "latency": {"p50_ms": 11.84, "p95_ms": 23.4, "p99_ms": 141.87, "num_queries": 3610},
     "recall": {"k": 100, "value": 0.9412, "ci95": 0.0043, "num_queries": 3610},
 }
-TITLES = ["What this version is", "Quality", "Search latency", "Build", "Files", "Configuration", "Packages"]
+TITLES = ["What this version is", "Quality", "Search latency", "Build", "Forecast and outcome", "Balance of the lists",
+          "Files", "Configuration", "Packages"]  # fmt: skip
 
 
 def test_a_full_page_says_everything() -> None:
@@ -114,6 +146,8 @@ def test_a_full_page_says_everything() -> None:
         *("21,015,324", "OPQ96,IVF65536,PQ96", "44.1%", "85.9%", "53.1%", "56.0%", "96.32% ± 0.61 on 2,000 queries"),
         *("11.84 ms", "141.87 ms", "1 h 06 min", "3,981.7", "90.5%", "1.4 GB", "700.0 MB", "3.4 MB", "b" * 16),
         *("min_recall: 0.95", "1.15.1", "3,204", "99.9, of 3,072 as fp32"),
+        *("0 / 260 / 3,001", "1 to 320", "41,530 lists", "1.83", "95.85%", "2.3 GB", "1 h 06 min", "0.91"),
+        *("Max memory gb = 8.0", "chosen: nprobe = 64", "1.750"),
     ):
         assert said in page.text, said
     assert "b" * 17 not in page.text  # a prefix of each checksum, not all of it
@@ -145,12 +179,12 @@ def test_the_page_is_accessible() -> None:
     assert len(ids) == len(set(ids))
     assert {str(a["href"])[1:] for a in page.all("a")} <= set(ids)
     charts = page.all("svg")
-    assert len(charts) == 5  # recall, accuracy, latency, stages, shards
+    assert len(charts) == 7  # recall, curve, accuracy, latency, stages, shards, lists
     for attrs in [*charts, *page.all("section")]:
         assert set(str(attrs["aria-labelledby"]).split()) <= set(ids)
     assert all(svg["role"] == "img" for svg in charts)
     described = page.inside("desc")
-    assert "Gold passage in the top k: 44.1% at 1, 65.2% at 5, 77.1% at 20, 84.4% at 100" in described[1]
+    assert "Gold passage in the top k: 44.1% at 1, 65.2% at 5, 77.1% at 20, 84.4% at 100" in described[2]
     assert "target 95.0%" in described[0]
 
 
@@ -209,6 +243,23 @@ def test_the_accuracy_chart_is_drawn_to_scale_on_a_logarithmic_axis() -> None:
     assert all(0 < x < width and 0 < y < height for line in lines for x, y in line)
 
 
+def test_the_curve_is_to_scale_and_joins_what_nothing_beats() -> None:
+    drawn = chart(render_report(MANIFEST, EVALUATION), "curve")
+    spots = [(float(x), float(y)) for x, y in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', drawn)]
+    first, chosen, beaten, last = spots
+    places = [(x - first[0]) / (last[0] - first[0]) for x, _ in spots]
+    assert places == pytest.approx([math.log(ms / 0.5) / math.log(100) for ms in (0.5, 1.75, 2.0, 50.0)], abs=1e-3)
+    heights = [(y - first[1]) / (last[1] - first[1]) for _, y in spots]
+    assert heights == pytest.approx([(share - 0.81) / 0.18 for share in (0.81, 0.966, 0.96, 0.99)], abs=1e-2)
+    (line,) = re.findall(r'<polyline points="([^"]+)"', drawn)
+    joined = [tuple(map(float, point.split(","))) for point in line.split()]
+    assert joined == [first, chosen, last]
+    assert beaten not in joined
+    target = float(re.findall(r'<line x1="[\d.]+" y1="([\d.]+)"[^>]*class="target"', drawn)[0])
+    assert chosen[1] < target < first[1]
+    assert not re.search('aria-labelledby="curve-t', render_report({**MANIFEST, "recall": {"value": 0.9}}))
+
+
 def test_bars_are_in_proportion() -> None:
     drawn = chart(render_report(MANIFEST, EVALUATION), "stages")
     widths = [float(width) for width in re.findall(r'class="bar"[^>]* width="([\d.]+)"', drawn)]
@@ -242,8 +293,13 @@ def test_odd_values_do_not_break_the_page(odd: Any) -> None:
         Page(render_report({**MANIFEST, key: odd}, EVALUATION))
     for key in EVALUATION:
         Page(render_report(MANIFEST, {**EVALUATION, key: odd}))
-    for key in ("recall", "timings_seconds", "files", "encoder"):
+    for key in ("recall", "timings_seconds", "files", "encoder", "lists", "forecast"):
         Page(render_report({**MANIFEST, key: dict.fromkeys(MANIFEST[key], odd)}, EVALUATION))
+    for bars in ([odd], [{"up_to": odd, "lists": odd}]):
+        Page(render_report({**MANIFEST, "lists": {**MANIFEST["lists"], "histogram": bars}}))
+    trial = {"params": odd, "recall": odd, "ms": odd}
+    Page(render_report({**MANIFEST, "recall": {**MANIFEST["recall"], "curve": [trial, *MANIFEST["recall"]["curve"]]}}))
+    Page(render_report({**MANIFEST, "forecast": {"figures": {"ms": dict.fromkeys(("forecast", "actual"), odd)}}}))
     for part in ("value", "ci95", "target", "k", "num_queries"):
         Page(render_report({**MANIFEST, "recall": {**MANIFEST["recall"], part: odd}}, None))
 
@@ -266,6 +322,7 @@ def test_hostile_names_are_text() -> None:
         manifest[key] = {**manifest[key], HOSTILE: next(iter(manifest[key].values()))}
     manifest["files"][f"shard-{HOSTILE}.faiss"] = {"bytes": 5, "sha256": HOSTILE}
     manifest["recall"]["k"] = HOSTILE
+    manifest["recall"]["curve"][1]["params"] = manifest["search_params"]
     evaluation = {**EVALUATION, HOSTILE: HOSTILE, "latency": {**EVALUATION["latency"], HOSTILE: HOSTILE}}
     source = render_report(manifest, evaluation)
     page, plain = Page(source), Page(render_report(MANIFEST, EVALUATION))

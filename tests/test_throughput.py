@@ -23,7 +23,7 @@ from pipelines.encode import Encoder, ImageEncoder, resolve
 from pipelines.models import find_family
 from pipelines.models.cost import Cost, count_flops, measure_matrix_limit
 from pipelines.models.tower import EncoderTower
-from pipelines.report import render_report
+from pipelines.report.page import render_report
 from pipelines.throughput import BOTTLENECKS, Meter, Step, Throughput, Work, busy_share, summarise, this_device, timed
 from tests.checkpoints import WORDS, write_dpr, write_paq
 from tests.checkpoints.clip import write_hub_clip, write_openai_clip
