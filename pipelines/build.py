@@ -1,6 +1,6 @@
 """The steps between embeddings and a published version; each is one function that can run anywhere.
 
-    train_quantizer -> add_group (many) -> merge_shard (one a shard) -> write_passages (one a shard)
+    train (its own file) -> add_group (many) -> merge_shard (one a shard) -> write_passages (one a shard)
 
 A step looks first whether its file is already in place and whole, so running it again costs a checksum. A shard covers
 a contiguous range of rows; types that can be merged are built in groups of rows and merged, the others (HNSW and so on)
@@ -10,7 +10,6 @@ are built a shard at a time.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -21,10 +20,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipelines import corpus, embeddings
-from pipelines.config import IndexConfig
+from pipelines.config import ONLY_AUTO, IndexConfig
 from pipelines.errors import ArtifactError
-from pipelines.index.build import add, clone_empty, finish, merge, quantizer_digest, read, train, write
-from pipelines.index.search import exact_topk
+from pipelines.index.build import add, finish, read, write
+from pipelines.index.merge import merge_files
 from pipelines.index.spec import IndexSpec, Metric, new_index, parse_spec
 from pipelines.index.tune import Knob, knobs
 from pipelines.manifest import Receipt, ensure, find_done, fingerprint, put_done
@@ -68,7 +67,7 @@ def version_name(identity: list[Any], settings: dict[str, Any], *, tuned: bool) 
     settings: its index config. A target that only admits or refuses leaves the version what it is; one that is tuned
     to decides it.
     """
-    aside = {"name"} if tuned else {"name", "min_recall", "recall_queries"}
+    aside = {"name", *ONLY_AUTO} | (set() if tuned else {"min_recall", "recall_queries"})
     return fingerprint([*identity, {key: value for key, value in settings.items() if key not in aside}])
 
 
@@ -85,6 +84,8 @@ class BuildPlan:
     num_threads: int
     tunable: tuple[Knob, ...] = ()
     """Search parameters to be found for the recall target; none where they are given, or nothing is to be found."""
+    forecast: dict[str, Any] | None = None
+    """What a pilot expects of the version."""
 
     @property
     def version(self) -> str:
@@ -93,6 +94,17 @@ class BuildPlan:
         identity = [encoder["fingerprint"], encoder["query_fingerprint"], self.embeddings["snapshot"]]
         shape = [self.metric, len(self.shards)]
         return version_name([FORMAT_VERSION, *identity, *shape], self.config.model_dump(), tuned=bool(self.tunable))
+
+    @property
+    def build(self) -> str:
+        """Return a fingerprint of all that determines the trained index and the shards, however they are searched.
+
+        Versions that differ in their recall target or search parameters alone share these files.
+        """
+        made_from = [self.embeddings["encoder"]["fingerprint"], self.embeddings["snapshot"], self.metric]
+        cut = [(shard.rows.start, shard.rows.stop, len(shard.groups)) for shard in self.shards]
+        settings = [getattr(self.config, key) for key in ("factory", "train", "train_rows", "seed")]
+        return fingerprint([FORMAT_VERSION, "build", *made_from, cut, *settings])
 
     @property
     def dim(self) -> int:
@@ -150,54 +162,58 @@ def _cut(rows: Rows, pieces: int) -> Iterator[Rows]:
     return (Rows(a, b) for a, b in pairwise(bounds))
 
 
-def train_quantizer(plan: BuildPlan) -> Receipt:
-    """Train one quantizer on a seeded random sample of the whole corpus and put it in place, empty."""
-
-    def make() -> Receipt:
-        wanted = plan.config.train_rows or plan.spec.default_train_rows(plan.num_rows)
-        num_rows = min(wanted, plan.num_rows) if plan.spec.needs_training else 0
-        sample = embeddings.sample(plan.vectors, plan.embeddings["parts"], plan.dim, num_rows, plan.config.seed)
-        index = train(plan.spec, sample, plan.config.seed, plan.num_threads)
-        facts = {"train_rows": num_rows, "quantizer": quantizer_digest(index)}
-        return _put_index(plan.store, TRAINED, index, plan.version, facts)
-
-    return ensure(plan.store, TRAINED, plan.version, make)
-
-
 def add_group(plan: BuildPlan, trained: Receipt, shard: ShardPlan, group: int, num_threads: int = 1) -> Receipt:
     """Add one group's rows to a copy of the trained index: the whole shard when it has one group only."""
     alone = len(shard.groups) == 1
     store = plan.store if alone else plan.work
     name = shard.name if alone else _group_name(shard, group)
-    made_from = fingerprint([plan.version, trained.sha256, name])
+    made_from = shard_key(plan, trained, name)
 
     def make() -> Receipt:
-        index = read(plan.store.local(TRAINED, trained.sha256), mmap=False)
+        index = read(plan.store.local(TRAINED, trained.sha256))
         for vectors_ND, rows_N in iter_rows(plan, shard.groups[group]):
             add(index, vectors_ND, rows_N, num_threads)
-        return _put_index(store, name, index, made_from, _shard_facts(shard.groups[group], trained))
+        return put_index(store, name, index, made_from, _shard_facts(shard.groups[group], trained))
 
     return ensure(store, name, made_from, make)
 
 
 def merge_shard(plan: BuildPlan, trained: Receipt, shard: ShardPlan, groups: list[Receipt]) -> Receipt:
-    """Merge a shard's groups in row order; only one group is in memory beside the growing shard."""
+    """Merge a shard's groups in row order, from file to file."""
     if len(shard.groups) == 1:
         return groups[0]
-    made_from = fingerprint([plan.version, trained.sha256, shard.name])
+    made_from = shard_key(plan, trained, shard.name)
 
     def make() -> Receipt:
-        index = clone_empty(read(plan.store.local(TRAINED, trained.sha256), mmap=False))
-        for receipt in groups:
-            merge(index, read(plan.work.local(receipt.name, receipt.sha256), mmap=False))
-        return _put_index(plan.store, shard.name, index, made_from, _shard_facts(shard.rows, trained))
+        empty = read(plan.store.local(TRAINED, trained.sha256))
+        pieces = [plan.work.local(receipt.name, receipt.sha256) for receipt in groups]
+        with plan.store.temporary() as temp:
+            num_rows = merge_files(empty, pieces, temp)
+            facts = _shard_facts(shard.rows, trained)
+            _check_rows(plan.store, shard.name, num_rows, facts)
+            return put_done(plan.store, shard.name, temp, made_from, facts)
 
     return ensure(plan.store, shard.name, made_from, make)
 
 
+def shard_key(plan: BuildPlan, trained: Receipt, name: str) -> str:
+    """Return the fingerprint of all that a shard, or a group of it, is made from."""
+    return fingerprint([plan.build, trained.sha256, name])
+
+
+def passages_names(shard: ShardPlan) -> tuple[str, str]:
+    """Return the names of a shard's passages and of the lookup of their ids."""
+    return f"passages-{shard.number:03d}.arrow", f"ids-{shard.number:03d}.arrow"
+
+
+def passages_key(plan: BuildPlan, shard: ShardPlan) -> str:
+    """Return the fingerprint of all that a shard's passages and ids are made from: no index has a part in them."""
+    return fingerprint([FORMAT_VERSION, plan.snapshot["snapshot"], shard.rows.start, shard.rows.stop])
+
+
 def find_shard(plan: BuildPlan, trained: Receipt, shard: ShardPlan) -> Receipt | None:
     """Return the receipt of a shard that is in place and whole (its groups may be gone by then)."""
-    return find_done(plan.store, shard.name, fingerprint([plan.version, trained.sha256, shard.name]))
+    return find_done(plan.store, shard.name, shard_key(plan, trained, shard.name))
 
 
 def drop_groups(plan: BuildPlan, shard: ShardPlan, groups: list[Receipt]) -> None:
@@ -209,8 +225,8 @@ def drop_groups(plan: BuildPlan, shard: ShardPlan, groups: list[Receipt]) -> Non
 
 def write_passages(plan: BuildPlan, shard: ShardPlan) -> list[Receipt]:
     """Write the shard's passages in row order (memory-mappable Arrow) and its sorted id digests."""
-    passages, ids = f"passages-{shard.number:03d}.arrow", f"ids-{shard.number:03d}.arrow"
-    made_from = fingerprint([plan.version, plan.snapshot["snapshot"], passages])
+    passages, ids = passages_names(shard)
+    made_from = passages_key(plan, shard)
     facts = {"num_rows": len(shard.rows), "first_row": shard.rows.start}
     digests: list[Array] = []
 
@@ -242,36 +258,13 @@ def id_digests(ids: list[str]) -> Array:
 
 
 def iter_rows(plan: BuildPlan, rows: Rows) -> Iterator[tuple[Array, Array]]:
-    """Yield (vectors (N, D) float32, rows (N,) int64) of `rows`, part by part."""
+    """Yield (vectors (N, D) in their storage type, rows (N,) int64) of `rows`, part by part."""
     for entry in plan.embeddings["parts"]:
         first, last = entry["first_row"], entry["first_row"] + entry["num_rows"]
         if first < rows.stop and rows.start < last:
             for vectors_ND, rows_N in embeddings.iter_blocks(plan.vectors, [entry], plan.dim):
                 inside = slice(max(0, rows.start - first), min(last, rows.stop) - first)
                 yield vectors_ND[inside], rows_N[inside]
-
-
-def exact_in(plan: BuildPlan, rows: Rows, queries_BD: Array, k: int) -> tuple[Array, Array]:
-    """Return the exact (score_BK, row_BK) of the queries among `rows`, by brute force over the embeddings."""
-    return exact_topk(queries_BD, iter_rows(plan, rows), k, plan.metric, num_threads=1)
-
-
-def sample_sentences(plan: BuildPlan, num: int) -> list[str]:
-    """Return `num` query-like texts: one sentence from inside each of a seeded random sample of passages."""
-    rng = np.random.default_rng([plan.config.seed, 1])
-    rows = np.sort(rng.choice(plan.num_rows, size=min(num, plan.num_rows), replace=False))
-    sentences = []
-    for entry in plan.snapshot["parts"]:
-        mine = rows[(rows >= entry["first_row"]) & (rows < entry["first_row"] + entry["num_rows"])] - entry["first_row"]
-        if len(mine):
-            texts = corpus.read_part(plan.passages, entry).column("text").take(mine).to_pylist()
-            sentences += [_a_sentence(text, rng) for text in texts]
-    return sentences
-
-
-def _a_sentence(text: str, rng: np.random.Generator) -> str:
-    pieces = [p.strip() for p in re.split(r"(?<=[.!?])\s+", text) if len(p.split()) >= 3]
-    return pieces[int(rng.integers(len(pieces)))] if pieces else text
 
 
 def _passage_tables(plan: BuildPlan, rows: Rows) -> Iterator[pa.Table]:
@@ -292,15 +285,20 @@ def _shard_facts(rows: Rows, trained: Receipt) -> dict[str, Any]:
     return {"num_rows": len(rows), "first_row": rows.start, "quantizer": trained.facts["quantizer"]}
 
 
-def _put_index(store: Store, name: str, index: Any, made_from: str, facts: dict[str, Any]) -> Receipt:
+def put_index(store: Store, name: str, index: Any, made_from: str, facts: dict[str, Any]) -> Receipt:
+    """Write an index and put it in place. Raises ArtifactError unless it holds the rows that `facts` tell of."""
     finish(index)
-    if facts.get("num_rows", index.ntotal) != index.ntotal:
+    _check_rows(store, name, index.ntotal, facts)
+    with store.temporary() as temp:
+        write(index, temp)
+        return put_done(store, name, temp, made_from, facts)
+
+
+def _check_rows(store: Store, name: str, num_rows: int, facts: dict[str, Any]) -> None:
+    if facts.get("num_rows", num_rows) != num_rows:
         raise ArtifactError(
-            f"{name} holds {index.ntotal} vectors",
+            f"{name} holds {num_rows} vectors",
             where=store.path(name),
             expected=str(facts["num_rows"]),
             hint="an embedding part and its manifest disagree: run `pinakes encode` again",
         )
-    with temporary_file() as temp:
-        write(index, temp)
-        return put_done(store, name, temp, made_from, facts)

@@ -96,19 +96,46 @@ def decode_vectors(data: bytes, where: str) -> Array:
 
 
 def iter_blocks(store: Store, entries: Sequence[dict[str, Any]], dim: int) -> Iterator[tuple[Array, Array]]:
-    """Yield (vectors (N, D) float32, rows (N,) int64) part by part; each entry carries `first_row`."""
+    """Yield (vectors (N, D) in their storage type, rows (N,) int64) part by part; each entry carries `first_row`."""
     for entry in entries:
         vectors = read_vectors(store, entry, dim)
-        yield vectors.astype(np.float32, copy=False), np.arange(len(vectors), dtype=np.int64) + entry["first_row"]
+        yield vectors, np.arange(len(vectors), dtype=np.int64) + entry["first_row"]
+
+
+def sample_counts(entries: Sequence[dict[str, Any]], num_rows: int) -> list[int]:
+    """Return how many rows of each part a sample of `num_rows` takes: its share of the corpus, to the nearest row."""
+    ends = np.cumsum([entry["num_rows"] for entry in entries], dtype=object)
+    total = int(ends[-1]) if len(ends) else 0
+    wanted = min(num_rows, total)
+    return np.diff([0, *(end * wanted // total for end in ends)]).tolist() if total else []
+
+
+def sample_part(store: Store, entry: dict[str, Any], dim: int, num_rows: int, seed: int) -> Array:
+    """Return (num_rows, D) in the storage type: rows of one part, drawn without replacement, in their order."""
+    rng = np.random.default_rng([seed, entry["first_row"]])
+    rows = np.sort(rng.choice(entry["num_rows"], size=num_rows, replace=False))
+    return read_vectors(store, entry, dim)[rows]
 
 
 def sample(store: Store, entries: Sequence[dict[str, Any]], dim: int, num_rows: int, seed: int) -> Array:
-    """Return (num_rows, D) float32: a uniform random sample of the whole corpus, without replacement, in row order."""
-    total = sum(e["num_rows"] for e in entries)
-    rows = np.sort(np.random.default_rng(seed).choice(total, size=min(num_rows, total), replace=False))
-    result = np.empty((len(rows), dim), np.float32)
+    """Return (num_rows, D) float32: a random sample of the whole corpus, without replacement, in row order.
+
+    Every part gives its share, so that a sample is drawn part by part, anywhere, with memory for one part.
+    """
+    counts = sample_counts(entries, num_rows)
+    result, done = np.empty((sum(counts), dim), np.float32), 0
+    for entry, count in zip(entries, counts, strict=True):
+        if count:
+            result[done : done + count] = sample_part(store, entry, dim, count, seed)
+            done += count
+    return result
+
+
+def take(store: Store, entries: Sequence[dict[str, Any]], dim: int, rows_N: npt.NDArray[np.int64]) -> Array:
+    """Return (N, D) float32: the vectors of these rows, which are sorted and of the parts in `entries`."""
+    result = np.empty((len(rows_N), dim), np.float32)
     for entry in entries:
-        low, high = np.searchsorted(rows, [entry["first_row"], entry["first_row"] + entry["num_rows"]])
+        low, high = np.searchsorted(rows_N, [entry["first_row"], entry["first_row"] + entry["num_rows"]])
         if low < high:
-            result[low:high] = read_vectors(store, entry, dim)[rows[low:high] - entry["first_row"]]
+            result[low:high] = read_vectors(store, entry, dim)[rows_N[low:high] - entry["first_row"]]
     return result

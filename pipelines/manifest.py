@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pipelines.errors import ArtifactError
@@ -44,10 +44,8 @@ class Receipt:
         return {"name": self.name, "num_bytes": self.num_bytes, "sha256": self.sha256, **self.facts}
 
 
-def find_done(store: Store, name: str, made_from: str) -> Receipt | None:
-    """Return the receipt of `name` if it is in place, made from the same inputs, and its bytes check; else None."""
-    from dataclasses import replace
-
+def find_receipt(store: Store, name: str, made_from: str) -> Receipt | None:
+    """Return the receipt of `name` if it is in place, made from the same inputs, and as large as it was; else None."""
     receipts = store.child(_RECEIPTS)
     if not receipts.exists(f"{name}.json") or not store.exists(name):
         return None
@@ -55,11 +53,14 @@ def find_done(store: Store, name: str, made_from: str) -> Receipt | None:
         receipt = Receipt(**json.loads(receipts.read(f"{name}.json")))
     except (ValueError, TypeError):
         return None  # a receipt that does not read is no receipt: the file is made again
-    if receipt.made_from != made_from or store.size(name) != receipt.num_bytes:
-        return None
-    if store.sha256(name) != receipt.sha256:
-        return None
-    return replace(receipt, reused=True)
+    fits = receipt.made_from == made_from and store.size(name) == receipt.num_bytes
+    return replace(receipt, reused=True) if fits else None
+
+
+def find_done(store: Store, name: str, made_from: str) -> Receipt | None:
+    """Return the receipt of `name` if it is in place, made from the same inputs, and its bytes check; else None."""
+    receipt = find_receipt(store, name, made_from)
+    return receipt if receipt and store.sha256(name) == receipt.sha256 else None
 
 
 def put_done(store: Store, name: str, content: bytes | str, made_from: str, facts: dict[str, Any]) -> Receipt:
@@ -73,8 +74,13 @@ def put_done(store: Store, name: str, content: bytes | str, made_from: str, fact
             sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
         store.put_file(name, content)
     receipt = Receipt(name, num_bytes, sha256, made_from, facts)
-    store.child(_RECEIPTS).put(f"{name}.json", _json(asdict(receipt)))
+    put_receipt(store, receipt)
     return receipt
+
+
+def put_receipt(store: Store, receipt: Receipt) -> None:
+    """Put the receipt of a file that is in place beside it."""
+    store.child(_RECEIPTS).put(f"{receipt.name}.json", _json(asdict(receipt)))
 
 
 def ensure(store: Store, name: str, made_from: str, make: Callable[[], Receipt]) -> Receipt:

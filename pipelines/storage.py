@@ -142,6 +142,36 @@ class Store:
         else:
             self._try("write", name, lambda: self.fs.put_file(local_path, self.path(name)))
 
+    def take(self, name: str, other: Store) -> None:
+        """Put a file of `other`, under the same root, in place under its own name: linked where that can be.
+
+        Both then are one file on the disk, which is safe because files in place are replaced, never written to.
+        """
+        source, target = other.path(name), self.path(name)
+
+        def link(temp: str) -> None:
+            try:
+                os.link(source, temp)
+            except OSError:
+                shutil.copyfile(source, temp)
+
+        if self.is_local:
+            self._try("write", name, lambda: self._rename_in(name, link))
+        else:
+            self._try("write", name, lambda: self.fs.cp_file(source, target))
+
+    @contextlib.contextmanager
+    def temporary(self) -> Iterator[str]:
+        """Give a local path for a file that `put_file` then moves in place: in a local store's own folder.
+
+        Elsewhere the move would be a copy, and the folder for temporary files may be too small, or memory.
+        """
+        folder = self.path() if self.is_local else None
+        if folder:
+            os.makedirs(folder, exist_ok=True)
+        with temporary_file(folder) as path:
+            yield path
+
     def create(self, name: str, data: bytes) -> bool:
         """Put `data` under `name` unless something is there; return whether it was put."""
 

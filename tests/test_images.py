@@ -259,6 +259,7 @@ def test_images_are_encoded_as_they_come_and_found_by_text(
     from pipelines.index.search import search
     from pipelines.manifest import put_done, write_manifest
     from pipelines.storage import Store
+    from pipelines.train import train_quantizer
 
     manifest, store = ingest(tmp_path, sources=[folder], part_size=3)
     reader, actor = ImageReader(store), ImageEncoderActor(spec, "cpu", 1, Store(str(tmp_path / "notes")), 0)
@@ -277,7 +278,7 @@ def test_images_are_encoded_as_they_come_and_found_by_text(
     embedded = write_manifest(vectors, "embeddings", {**content, "num_rows": len(GOOD), "parts": entries})
     plan = build.plan_build(str(tmp_path), IndexConfig(), manifest, embedded, 1)
     (shard,) = plan.shards
-    trained = build.train_quantizer(plan)
+    trained = train_quantizer(plan)
     index = read_index(plan.store.path(build.add_group(plan, trained, shard, 0).name))
     passages = build.write_passages(plan, shard)
     table = pa.ipc.open_file(plan.store.path(passages[0].name)).read_all()

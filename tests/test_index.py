@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import faiss
@@ -16,11 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.errors import ArtifactError, ConfigError, InputError, StorageError
-from pipelines.index.build import add, clone_empty, finish, merge, quantizer_digest, read, train, write
+from pipelines.index.build import add, clone_empty, finish, read, train, write
+from pipelines.index.identity import quantizer_digest
+from pipelines.index.merge import merge, merge_files
 from pipelines.index.search import check_params, exact_topk, merge_topk, parameter_names, search
 from pipelines.index.spec import IndexSpec, parse_spec
 from pipelines.index.structure import layers
 
+ROOT = Path(__file__).resolve().parents[1]
 D, N, K = 32, 1500, 10
 MERGEABLE = [
     "Flat", "SQ8", "SQfp16", "PQ8", "PQ8x4fs", "RaBitQ", "RaBitQfs4", "PCA16,SQ8", "IVF16,Flat", "IVF16,SQ8",
@@ -266,6 +272,8 @@ def test_shards_merged_or_side_by_side_equal_one_index(factory: str, metric: str
     expected = ask(built(factory, metric))
     assert_same_hits(merge_topk([ask(shard) for shard in shards], K), expected)
     assert {quantizer_digest(shard) for shard in shards} == {quantizer_digest(trained(factory, metric))}
+    with TemporaryDirectory() as folder:
+        contents = from_files(Path(folder), trained(factory, metric), shards)
     merged = clone_empty(trained(factory, metric))
     for shard in shards:
         merge(merged, shard, num_threads=1)
@@ -273,6 +281,43 @@ def test_shards_merged_or_side_by_side_equal_one_index(factory: str, metric: str
     assert merged.ntotal == N
     assert_same_hits(ask(merged), expected)
     assert quantizer_digest(merged) == quantizer_digest(trained(factory, metric))
+    assert contents == faiss.serialize_index(merged).tobytes()
+    if "PCA" not in factory and "OPQ" not in factory:  # a matrix product's last bits depend on the rows beside a row
+        assert contents == faiss.serialize_index(built(factory, metric)).tobytes()
+
+
+def from_files(folder: Path, empty: Any, shards: list[Any]) -> bytes:
+    """Return the bytes of the file that the shards' files are merged into."""
+    paths = [str(folder / f"{n}.faiss") for n in range(len(shards))]
+    for path, shard in zip(paths, shards, strict=True):
+        write(shard, path)
+    assert merge_files(empty, paths, str(folder / "merged.faiss")) == sum(shard.ntotal for shard in shards)
+    return (folder / "merged.faiss").read_bytes()
+
+
+@pytest.mark.parametrize("factory", ["SQ8", "IVF16,SQ8", "PQ8x4fs", "IVF16,PQ8x4fs"])
+def test_files_that_do_not_belong_together_are_refused(factory: str, tmp_path: Path) -> None:
+    paths = [str(tmp_path / name) for name in ("one", "other", "cut")]
+    other = train(parse_spec(factory, D, "ip"), X[:700] * 3, 1)
+    add(other, X, ROWS)
+    write(built(factory, "ip"), paths[0])
+    write(other, paths[1])
+    Path(paths[2]).write_bytes(Path(paths[0]).read_bytes()[:-9])
+    for path, why in ((paths[1], "not trained together"), (paths[2], "damaged"), (str(tmp_path / "no"), "no index")):
+        with pytest.raises(ArtifactError, match=why) as caught:
+            merge_files(trained(factory, "ip"), [paths[0], path], str(tmp_path / "merged"))
+        assert path in str(caught.value)
+
+
+def test_sparse_lists_are_merged_as_faiss_writes_them(tmp_path: Path) -> None:
+    """Few rows in many lists: FAISS then writes the sizes of those alone that hold any."""
+    index = train(parse_spec("IVF64,SQ8", D, "l2"), X, 0, num_threads=1)
+    pieces = [clone_empty(index) for _ in range(2)]
+    for piece, rows in zip(pieces, (slice(0, 3), slice(3, 9)), strict=True):
+        add(piece, X[rows], ROWS[rows], num_threads=1)
+    add(whole := clone_empty(index), X[:9], ROWS[:9], num_threads=1)
+    assert from_files(tmp_path, index, pieces) == faiss.serialize_index(whole).tobytes()
+    assert from_files(tmp_path, index, [clone_empty(index)]) == faiss.serialize_index(index).tobytes()
 
 
 @every(["HNSW16", "HNSW16,SQ8", "NSG16"])
@@ -351,6 +396,34 @@ def test_a_file_opens_with_plain_faiss_and_mapped_with_the_same_answers(
         for pair in ((mapped, loaded), (loaded, mapped)):
             with pytest.raises(ArtifactError, match="read-only"):
                 merge(*pair)
+
+
+@pytest.mark.parametrize("factory", ["Flat", "SQ8", "IVF64,Flat", "IVF64,SQ8", "IVF64,PQ32", "IVF64,PQ32x4fs", "HNSW8"])
+def test_a_mapped_index_takes_no_memory_of_its_own(factory: str, tmp_path: Path) -> None:
+    """Searched once, its pages are the file's, but for an id map's ids: processes that serve a shard share them."""
+    spec, path = parse_spec(factory, 64, "ip"), str(tmp_path / "shard.faiss")
+    vectors = np.random.default_rng(0).standard_normal((60_000, 64)).astype(np.float32)
+    index = train(spec, vectors[:3000], 0)
+    while os.path.getsize(path) < 8 << 20 if os.path.exists(path) else True:
+        add(index, vectors, np.arange(len(vectors)) + index.ntotal)
+        write(index, path)
+    code = f"""
+import re, numpy as np
+from pipelines.index.build import read
+from pipelines.index.search import search
+def anonymous(): return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
+query = np.ones((1, 64), np.float32)
+search(read({str(tmp_path / "small.faiss")!r}, mmap=True), query, 10, num_threads=1)
+before = anonymous()
+index = read({path!r}, mmap=True)
+mapped = anonymous() - before
+search(index, query, 10, num_threads=1)
+print(mapped, anonymous() - before)
+"""
+    write(train(spec, vectors[:3000], 0), str(tmp_path / "small.faiss"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    most = 0.1 * os.path.getsize(path) + (0 if "IVF" in factory else 8 * index.ntotal)
+    assert all(int(grown) < most for grown in done.stdout.split()), (done.stdout, most)
 
 
 @every(MERGEABLE + WHOLE)

@@ -1,4 +1,4 @@
-"""Build an index: train one quantizer, add rows to copies of it, merge the copies, write and read the file.
+"""Build an index: train one quantizer, add rows to copies of it, write and read the file.
 
 Every file opens with plain `faiss.read_index`, and its searches return global rows.
 """
@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.errors import ArtifactError, ConfigError, InputError, PinakesError, StorageError
-from pipelines.index.identity import describe, is_mergeable, quantizer_digest
+from pipelines.errors import ArtifactError, InputError, PinakesError, StorageError
 from pipelines.index.spec import IndexSpec, new_index
 from pipelines.index.structure import codebooks, ivf_of, nsg_of, trained_parts, transforms, use_threads
 
@@ -26,18 +25,21 @@ _PAGE_BYTES = 4096
 _mapped: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def train(spec: IndexSpec, sample_ND: Array, seed: int = 0, num_threads: int | None = None) -> Any:
+def train(
+    spec: IndexSpec, sample_ND: Array, seed: int = 0, num_threads: int | None = None, started: Any | None = None
+) -> Any:
     """Return the empty, trained index of `spec`. sample_ND: (N, D) fp16 or fp32, a random sample of the corpus.
 
+    started: an index of `spec` with trained transforms and its lists' centroids (`kmeans.preset`); the rest is trained.
     The same sample, seed and number of threads give the same bytes on the same kind of machine (with PCA or OPQ the
     number of threads decides the last bits). Raises InputError when there are too few rows or a value is not finite.
     """
     use_threads(num_threads)
-    index = new_index(spec)
+    index = new_index(spec) if started is None else started
     if index.is_trained:
         return index
     sample = _checked(sample_ND, spec.dim, InputError)
-    if len(sample) < spec.min_train_rows:
+    if started is None and len(sample) < spec.min_train_rows:
         raise _too_few_rows(spec, len(sample))
     _configure_training(index, seed % _SEED_LIMIT)
     try:
@@ -45,6 +47,18 @@ def train(spec: IndexSpec, sample_ND: Array, seed: int = 0, num_threads: int | N
     except RuntimeError as error:
         raise InputError(f"cannot train {spec.factory!r}: {error}", where=f"{len(sample)} rows of width {spec.dim}",
                          hint="train on more rows, or use a simpler index.factory such as SQ8") from error  # fmt: skip
+    return index
+
+
+def train_front(spec: IndexSpec, sample_ND: Array, seed: int = 0, num_threads: int | None = None) -> Any:
+    """Return an index of `spec` of which only the transforms in front (PCA, OPQ, …) are trained, for `train` later."""
+    use_threads(num_threads)
+    index, vectors = new_index(spec), _checked(sample_ND, spec.dim, InputError)
+    _configure_training(index, seed % _SEED_LIMIT)
+    for transform in transforms(index):
+        if not transform.is_trained:
+            transform.train(vectors)
+        vectors = transform.apply(vectors)
     return index
 
 
@@ -57,7 +71,7 @@ def add(index: Any, vectors_ND: Array, rows_N: npt.NDArray[np.int64], num_thread
     another width.
     """
     use_threads(num_threads)
-    _check_writable(index)
+    check_writable(index)
     if not index.is_trained:
         raise ArtifactError("the index is not trained", where="add", expected="an index from train or clone_empty")
     rows = np.ascontiguousarray(rows_N, dtype=np.int64)
@@ -106,27 +120,6 @@ def clone_empty(trained: Any) -> Any:
     return faiss.deserialize_index(faiss.serialize_index(trained))
 
 
-def merge(into: Any, other: Any, num_threads: int | None = None) -> None:
-    """Move all rows of `other` into `into`; `other` is left empty.
-
-    Raises ConfigError for a type that cannot be merged, ArtifactError when the two come from different quantizers
-    (FAISS itself would merge such scalar quantizers silently, with wrong vectors) or when one is memory-mapped.
-    """
-    import faiss
-
-    use_threads(num_threads)
-    for index in (into, other):
-        _check_writable(index)
-        if not is_mergeable(index):
-            raise ConfigError(f"{describe(index)} cannot be merged", where="merge",
-                              hint="search the shards side by side and merge their results")  # fmt: skip
-    if quantizer_digest(into) != quantizer_digest(other):
-        raise ArtifactError("the two indexes were not trained together", where="merge",
-                            expected="shards that started from one trained index",
-                            hint="add the rows again to copies of the trained index")  # fmt: skip
-    into.merge_from(other, 0) if isinstance(into, faiss.IndexIVF) else into.merge_from(other)
-
-
 def write(index: Any, path: str) -> None:
     """Write `index` to the local file `path` (finishing it first). Raises StorageError when the disk refuses."""
     import faiss
@@ -141,6 +134,8 @@ def write(index: Any, path: str) -> None:
 def read(path: str, mmap: bool = False) -> Any:
     """Return the index in the local file `path`; mapped, it shares its pages with other processes and is read-only.
 
+    Mapped are vectors, codes, lists and graphs of every type; an id map's ids (8 bytes a row, of flat codes and
+    graphs) are read into memory. The file must stay as it is while it is mapped: replace it, never write to it.
     Raises ArtifactError when the file is absent, cut short or no index. What lies between a file's ends is not
     checked: compare its checksum first.
     """
@@ -178,7 +173,8 @@ def _checked(vectors_ND: Array, dim: int, wrong_width: type[PinakesError]) -> np
     return vectors
 
 
-def _check_writable(index: Any) -> None:
+def check_writable(index: Any) -> None:
+    """Raise ArtifactError for a memory-mapped index: FAISS would end the process."""
     if index in _mapped:
         raise ArtifactError("the index is memory-mapped and so read-only", hint="open it with read(path, mmap=False)")
 

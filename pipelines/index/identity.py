@@ -18,7 +18,7 @@ def quantizer_digest(index: Any) -> str:
     """
     digest = hashlib.sha256()
     if ivf_of(index) is not None:
-        digest.update(_serialised_without_rows(index))
+        digest.update(serialised_without_rows(index))
     elif is_mergeable(index):
         for piece in _flat_pieces(index):
             digest.update(hashlib.sha256(piece).digest())
@@ -46,14 +46,14 @@ def describe(index: Any) -> str:
     return " over ".join(type(layer).__name__ for layer in layers(index))
 
 
-def _serialised_without_rows(index: Any) -> bytes:
-    """Serialise an inverted file as if it were empty: its lists are set aside, not copied."""
+def serialised_without_rows(index: Any, num_rows: int = 0) -> bytes:
+    """Serialise an inverted file without its lists, which are set aside, not copied, as if it held `num_rows`."""
     found = layers(index)
     ivf, totals, lists = found[-1], [layer.ntotal for layer in found], found[-1].invlists
     try:
         ivf.invlists = None
         for layer in found:
-            layer.ntotal = 0
+            layer.ntotal = num_rows
         return _serialised(index)
     finally:
         ivf.invlists = lists

@@ -19,13 +19,14 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
-from pipelines import build, publish
+from pipelines import build, publish, recall
 from pipelines.build import TRAINED, BuildPlan, Rows, ShardPlan
 from pipelines.config import IndexConfig
 from pipelines.encode import Encoder, EncoderSpec
 from pipelines.errors import ConfigError, InputError
 from pipelines.evaluate import recall_at, recall_half_width
-from pipelines.index.build import quantizer_digest, read, write
+from pipelines.index.build import read, write
+from pipelines.index.identity import quantizer_digest
 from pipelines.index.search import check_params, exact_topk
 from pipelines.interchange.foreign_index import Foreign, adopt, open_foreign
 from pipelines.interchange.matching import Count, RowLookup, read_part_ids, refuse_misfits
@@ -194,7 +195,7 @@ def _put_index(plan: ForeignPlan, rows_N: Places) -> list[Receipt]:
 def _measure_recall(plan: ForeignPlan, content: dict[str, Any], foreign: Foreign, rows_N: Places) -> dict[str, Any]:
     """Return recall@k of the shard against exact search over the vectors as they are stored in it."""
     k = min(_RECALL_K, plan.num_rows)
-    texts = build.sample_sentences(plan, plan.config.recall_queries)
+    texts = recall.sample_sentences(plan, plan.config.recall_queries)
     queries_BD = Encoder(plan.encoder, "query").encode_queries(texts)
     places = np.arange(len(rows_N), dtype=np.int64)
     blocks = (places[start : start + _IDS_AT_ONCE] for start in range(0, len(places), _IDS_AT_ONCE))
