@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -11,16 +12,17 @@ import numpy as np
 
 from cluster.pools import largest_node_cpus, run_task, run_tasks
 from cluster.progress import Progress
-from pipelines import build, publish
+from cluster.train import train_on_cluster
+from pipelines import build, publish, recall, twins
 from pipelines.build import BuildPlan, Rows, ShardPlan
 from pipelines.config import IndexConfig
-from pipelines.encode import Encoder
 from pipelines.errors import ArtifactError
-from pipelines.evaluate import read_questions
+from pipelines.index.balance import balance, list_sizes
+from pipelines.index.forecast import compare
 from pipelines.index.search import merge_topk, search
 from pipelines.index.tune import HeldOut, Params, Trial, tune
 from pipelines.manifest import Receipt, find_finished
-from pipelines.retrieve import LocalShard, bound_encoder
+from pipelines.retrieve import LocalShard
 
 
 def build_version(
@@ -30,13 +32,15 @@ def build_version(
     embedded: dict[str, Any],
     progress: Progress,
     questions: str | None = None,
+    forecast: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Build and publish the index of `embedded`; a version that exists already is returned at once.
 
     questions: URL of the questions that recall is measured on; without it, sentences sampled from the passages.
+    forecast: what a pilot expects of it, to be compared with what happens.
     Raises QualityError when its recall, measured now or when it was published, misses the target.
     """
-    plan = build.plan_build(root, config, snapshot, embedded, largest_node_cpus())
+    plan = replace(build.plan_build(root, config, snapshot, embedded, largest_node_cpus()), forecast=forecast)
     if published := find_finished(plan.store, "version", plan.work):
         publish.check_recall(plan, published)
         with progress.stage("index", len(plan.shards)) as stage:
@@ -53,9 +57,8 @@ def build_version(
 
 
 def _build(plan: BuildPlan, progress: Progress, questions: str | None) -> dict[str, Any]:
-    with progress.stage("train", 1) as stage:
-        trained = run_task(build.train_quantizer, plan, num_cpus=plan.num_threads)
-        stage.advance(reused=trained.reused)
+    twins.adopt(plan)
+    trained = train_on_cluster(plan, progress)
     shards = _build_shards(plan, trained, progress)
     passages: list[Receipt] = []
     with progress.stage("passages", len(plan.shards)) as stage:
@@ -64,7 +67,11 @@ def _build(plan: BuildPlan, progress: Progress, questions: str | None) -> dict[s
             stage.advance(reused=all(r.reused for r in receipts), rows=receipts[0].facts["num_rows"])
     files = [trained, *shards, *passages]
     content = publish.version_content(plan, files, None, {n: s["seconds"] for n, s in progress.stages.items()})
+    content["build"] = plan.build
     _measure_recall(plan, content, progress, questions)
+    content["lists"] = _measure_balance(plan, content)
+    if plan.forecast:
+        content["forecast"] = compare(plan.forecast, content, progress.stages)
     with progress.stage("publish", 1) as stage:
         manifest = publish.publish(plan, content)
         stage.advance()
@@ -97,10 +104,10 @@ def _build_shards(plan: BuildPlan, trained: Receipt, progress: Progress) -> list
 
 def _measure_recall(plan: BuildPlan, content: dict[str, Any], progress: Progress, questions: str | None) -> None:
     """Tune the search parameters, where there are any to tune, and measure recall@k; both go into `content`."""
-    held_out, facts = None, {}
+    unseen, facts = None, {}
     if plan.tunable:
         with progress.stage("tune") as stage:
-            tune_on, held_out = _held_out(plan, questions).halves(plan.config.seed)
+            tune_on, unseen = held_out(plan, questions).halves(plan.config.seed)
 
             def measure(params: Params) -> Trial:
                 stage.advance()
@@ -109,23 +116,31 @@ def _measure_recall(plan: BuildPlan, content: dict[str, Any], progress: Progress
             tuned = tune(plan.tunable, measure, plan.config.min_recall or 0.0)
             content["search_params"], facts = tuned.best.params, tuned.facts(len(tune_on))
     with progress.stage("verify", 1) as stage:
-        held_out = held_out or _held_out(plan, questions)
-        found = _try(plan, content, held_out, content["search_params"])
+        unseen = unseen or held_out(plan, questions)
+        found = _try(plan, content, unseen, content["search_params"])
         stage.advance()
     content["recall"] = {
-        "k": held_out.k,
+        "k": unseen.k,
         "value": round(found.recall, 5),
         "ci95": round(found.half_width, 5),
-        "num_queries": len(held_out),
+        "num_queries": len(unseen),
+        "ms": round(found.ms, 4),
         "target": plan.config.min_recall,
         "queries": "questions" if questions else "sampled sentences",
         **facts,
     }
 
 
-def _held_out(plan: BuildPlan, questions: str | None) -> HeldOut:
-    """Return queries that are not stored vectors, with what exact search finds for them."""
-    queries_QD, k = run_task(_queries_task, plan, questions), min(build.RECALL_K, plan.num_rows)
+def _measure_balance(plan: BuildPlan, content: dict[str, Any]) -> dict[str, Any] | None:
+    """Return how evenly the rows are spread over the lists, all shards together; None where there are no lists."""
+    numbers, manifest = range(len(plan.shards)), _searchable(content)
+    sizes = [found for _, found in run_tasks(_list_sizes_task, numbers, plan.root, manifest)]
+    return None if sizes[0] is None else balance(np.sum(sizes, axis=0))
+
+
+def held_out(plan: BuildPlan, questions: str | None, k: int = build.RECALL_K) -> HeldOut:
+    """Return queries that are not stored vectors, with the k rows that exact search finds for them."""
+    queries_QD, k = run_task(_queries_task, plan, questions), min(k, plan.num_rows)
     groups = [group for shard in plan.shards for group in shard.groups]
     exact = [found for _, found in run_tasks(_exact_task, groups, plan, queries_QD, k)]
     return HeldOut(queries_QD, merge_topk(exact, k)[1])
@@ -133,21 +148,19 @@ def _held_out(plan: BuildPlan, questions: str | None) -> HeldOut:
 
 def _try(plan: BuildPlan, content: dict[str, Any], asked: HeldOut, params: Params) -> Trial:
     """Search all shards with one setting, as serving would."""
-    manifest = json.dumps({**{key: content[key] for key in ("name", "version", "dim", "files")}, "search_params": {}})
-    numbers = range(len(plan.shards))
-    answers = [a for _, a in run_tasks(_search_task, numbers, plan.root, manifest, asked.queries_QD, asked.k, params)]
+    manifest, numbers = _searchable(content), range(len(plan.shards))
+    answers = [a for _, a in run_tasks(_search_task, numbers, plan, manifest, asked.queries_QD, asked.k, params)]
     _, found_QK = merge_topk([hits for hits, _ in answers], asked.k)
     return asked.trial(params, found_QK, sum(seconds for _, seconds in answers))
 
 
+def _searchable(content: dict[str, Any]) -> str:
+    """Return what opening a shard takes, as a key of the cache that holds it open."""
+    return json.dumps({**{key: content[key] for key in ("name", "version", "dim", "files")}, "search_params": {}})
+
+
 def _queries_task(plan: BuildPlan, questions: str | None) -> Any:
-    if questions:
-        texts = [q.text for q in read_questions(questions)]
-        picked = np.random.default_rng(plan.config.seed).permutation(len(texts))[: plan.config.recall_queries]
-        texts = [texts[i] for i in np.sort(picked)]
-    else:
-        texts = build.sample_sentences(plan, plan.config.recall_queries)
-    return Encoder(bound_encoder({"encoder": plan.embeddings["encoder"]}), "query").encode_queries(texts)
+    return recall.encode_queries(plan, questions)
 
 
 def _find_shard_task(shard: ShardPlan, plan: BuildPlan, trained: Receipt) -> Receipt | None:
@@ -170,14 +183,22 @@ def _passages_task(shard: ShardPlan, plan: BuildPlan) -> list[Receipt]:
 
 
 def _exact_task(rows: Rows, plan: BuildPlan, queries_BD: Any, k: int) -> Any:
-    return build.exact_in(plan, rows, queries_BD, k)
+    return recall.exact_in(plan, rows, queries_BD, k)
 
 
-def _search_task(number: int, root: str, manifest: str, queries_BD: Any, k: int, params: Params) -> Any:
-    shard = _open_shard(root, manifest, number)
-    start = time.perf_counter()
-    hits = search(shard.index, queries_BD, k, params, num_threads=1)
-    return hits, time.perf_counter() - start
+def _search_task(number: int, plan: BuildPlan, manifest: str, queries_BD: Any, k: int, params: Params) -> Any:
+    def search_shard() -> Any:
+        shard = _open_shard(plan.root, manifest, number)
+        start = time.perf_counter()
+        hits = search(shard.index, queries_BD, k, params, num_threads=1)
+        return hits, time.perf_counter() - start
+
+    entry = json.loads(manifest)["files"][plan.shards[number].name]
+    return recall.found_in(plan, entry, (queries_BD, k, params), search_shard)
+
+
+def _list_sizes_task(number: int, root: str, manifest: str) -> Any:
+    return list_sizes(_open_shard(root, manifest, number).index)
 
 
 @lru_cache(maxsize=64)
