@@ -16,7 +16,6 @@ from cluster.train import train_on_cluster
 from pipelines import build, publish, recall, twins
 from pipelines.build import BuildPlan, Rows, ShardPlan
 from pipelines.config import IndexConfig
-from pipelines.errors import ArtifactError
 from pipelines.index.balance import balance, list_sizes
 from pipelines.index.forecast import compare
 from pipelines.index.search import merge_topk, search
@@ -48,7 +47,7 @@ def build_version(
         return published
     try:
         return _build(plan, progress, questions)
-    except ArtifactError:
+    except Exception:
         # Another driver may have published this very version, and cleared its work folder, under our hands.
         if published := find_finished(plan.store, "version", plan.work):
             publish.check_recall(plan, published)

@@ -28,7 +28,7 @@ from pipelines.index.spec import IndexSpec, Metric, new_index, parse_spec
 from pipelines.index.tune import Knob, knobs
 from pipelines.manifest import Receipt, ensure, find_done, fingerprint, put_done
 from pipelines.schema import FORMAT_VERSION
-from pipelines.storage import Store, temporary_file
+from pipelines.storage import Store
 
 Array = npt.NDArray[Any]
 TRAINED = "trained.faiss"
@@ -166,14 +166,14 @@ def add_group(plan: BuildPlan, trained: Receipt, shard: ShardPlan, group: int, n
     """Add one group's rows to a copy of the trained index: the whole shard when it has one group only."""
     alone = len(shard.groups) == 1
     store = plan.store if alone else plan.work
-    name = shard.name if alone else _group_name(shard, group)
+    name = shard.name if alone else f"group-{shard.number:03d}-{group:04d}.faiss"
     made_from = shard_key(plan, trained, name)
 
     def make() -> Receipt:
         index = read(plan.store.local(TRAINED, trained.sha256))
         for vectors_ND, rows_N in iter_rows(plan, shard.groups[group]):
             add(index, vectors_ND, rows_N, num_threads)
-        return put_index(store, name, index, made_from, _shard_facts(shard.groups[group], trained))
+        return put_index(plan, store, name, index, made_from, _shard_facts(shard.groups[group], trained))
 
     return ensure(store, name, made_from, make)
 
@@ -187,7 +187,7 @@ def merge_shard(plan: BuildPlan, trained: Receipt, shard: ShardPlan, groups: lis
     def make() -> Receipt:
         empty = read(plan.store.local(TRAINED, trained.sha256))
         pieces = [plan.work.local(receipt.name, receipt.sha256) for receipt in groups]
-        with plan.store.temporary() as temp:
+        with plan.work.temporary() as temp:
             num_rows = merge_files(empty, pieces, temp)
             facts = _shard_facts(shard.rows, trained)
             _check_rows(plan.store, shard.name, num_rows, facts)
@@ -231,7 +231,7 @@ def write_passages(plan: BuildPlan, shard: ShardPlan) -> list[Receipt]:
     digests: list[Array] = []
 
     def make_passages() -> Receipt:
-        with temporary_file() as temp:
+        with plan.work.temporary() as temp:
             with pa.OSFile(temp, "wb") as sink, pa.ipc.new_file(sink, corpus.schema_of(plan.snapshot)) as writer:
                 for table in _passage_tables(plan, shard.rows):
                     digests.append(id_digests(table["id"].to_pylist()))
@@ -277,19 +277,15 @@ def _passage_tables(plan: BuildPlan, rows: Rows) -> Iterator[pa.Table]:
             yield table.slice(start, min(last, rows.stop) - first - start).cast(schema)
 
 
-def _group_name(shard: ShardPlan, group: int) -> str:
-    return f"group-{shard.number:03d}-{group:04d}.faiss"
-
-
 def _shard_facts(rows: Rows, trained: Receipt) -> dict[str, Any]:
     return {"num_rows": len(rows), "first_row": rows.start, "quantizer": trained.facts["quantizer"]}
 
 
-def put_index(store: Store, name: str, index: Any, made_from: str, facts: dict[str, Any]) -> Receipt:
+def put_index(plan: BuildPlan, store: Store, name: str, index: Any, made_from: str, facts: dict[str, Any]) -> Receipt:
     """Write an index and put it in place. Raises ArtifactError unless it holds the rows that `facts` tell of."""
     finish(index)
     _check_rows(store, name, index.ntotal, facts)
-    with store.temporary() as temp:
+    with plan.work.temporary() as temp:  # there, so that what a killed writer leaves goes with the work folder
         write(index, temp)
         return put_done(store, name, temp, made_from, facts)
 

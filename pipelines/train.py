@@ -138,7 +138,7 @@ def train_quantizer(plan: BuildPlan, shares: Sequence[Receipt] = (), state: Stat
             kmeans.preset(started, _open(plan.work, state.centroids))
             index = train(plan.spec, _rows_of(plan, shares, _REST_ROWS), seed, plan.num_threads, started)
         facts = {"train_rows": num_rows, "quantizer": quantizer_digest(index)}
-        return put_index(plan.store, TRAINED, index, plan.build, facts)
+        return put_index(plan, plan.store, TRAINED, index, plan.build, facts)
 
     return ensure(plan.store, TRAINED, plan.build, make)
 
@@ -162,7 +162,7 @@ def start(plan: BuildPlan, shares: Sequence[Receipt]) -> State:
     def make_front() -> Receipt:
         sample = _rows_of(plan, shares, _REST_ROWS)
         index = train_front(plan.spec, sample, plan.config.seed, plan.num_threads)
-        return put_index(plan.work, _FRONT, index, _made_from(plan, _FRONT), {})
+        return put_index(plan, plan.work, _FRONT, index, _made_from(plan, _FRONT), {})
 
     def make_centroids() -> Receipt:
         index = read(plan.work.local(_FRONT, front.sha256))
