@@ -8,10 +8,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
+from cluster import signals
 from pipelines.config import ClusterConfig
 from pipelines.errors import ConfigError, PinakesError
 
+HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+"""What the nodes' environment says where `serve.proxy` is "haproxy". Ray reads it when it starts, and when its Serve is
+imported."""
+
 _results: TextIO | None = None
+
+
+def choose_proxy(proxy: str) -> None:
+    """Set what a cluster that this process starts needs for `serve.proxy`; before it starts, and Serve is imported."""
+    if proxy == "haproxy":
+        os.environ.update(HAPROXY)
 
 
 @contextmanager
@@ -29,6 +40,7 @@ def session(config: ClusterConfig) -> Iterator[None]:
         return
     with _results_kept_apart():
         _connect(config)
+        signals.renew()
         try:
             with our_errors():
                 yield
@@ -49,7 +61,7 @@ def our_errors() -> Iterator[None]:
     try:
         yield
     except ray.exceptions.RayError as error:
-        raise _unwrap(error) from error
+        raise unwrap(error) from error
 
 
 @contextmanager
@@ -122,7 +134,7 @@ def _quiet_data_logs() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
-def _unwrap(error: BaseException) -> BaseException:
+def unwrap(error: BaseException) -> BaseException:
     """Return the PinakesError at the root of what Ray raised, or the error itself."""
     seen: BaseException | None = error
     while seen is not None:

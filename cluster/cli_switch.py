@@ -1,0 +1,54 @@
+"""The verbs that move an alias: `promote` and `rollback`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from cluster.console import Json, show
+
+app = typer.Typer()
+
+Name = Annotated[str, typer.Argument(help="The alias (the index's name).")]
+Root = Annotated[str, typer.Option("--root", help="The root folder or s3:// URL.", envvar="PINAKES_ROOT")]
+Address = Annotated[str | None, typer.Option(help="The Ray cluster that serves it, if it runs elsewhere.")]
+
+
+@app.command(epilog="Example: pinakes promote wikipedia 3f2a91c04be7d815 --root pinakes-data")
+def promote(
+    name: Name,
+    version: Annotated[str, typer.Argument(help="A published version.")],
+    root: Root = "pinakes-data",
+    max_quality_loss: Annotated[float, typer.Option(min=0, max=1, help="The most that a score may fall.")] = 0.01,
+    force: Annotated[bool, typer.Option("--force", help="Also if it scores worse; never with damaged files.")] = False,
+    address: Address = None,
+    json_: Json = False,
+) -> None:
+    """Check a version, load it on every replica that serves, and point the alias to it."""
+    from cluster.switch import promote_from_here
+    from pipelines.config import PromoteConfig
+
+    settings = PromoteConfig(max_quality_loss=max_quality_loss)
+    show(promote_from_here(root, name, version, settings, force, address), json_, _summary)
+
+
+@app.command(epilog="Example: pinakes rollback wikipedia --root pinakes-data")
+def rollback(name: Name, root: Root = "pinakes-data", address: Address = None, json_: Json = False) -> None:
+    """Point an alias back to its previous version, at once: the replicas still hold it."""
+    from cluster.switch import rollback_from_here
+
+    show(rollback_from_here(root, name, address), json_, _summary)
+
+
+def _summary(result: dict[str, Any]) -> str:
+    lines = [f"{result['name']} -> {result['current']}"]
+    lines += [f"  {check['state']:<8} {check['check']}: {check['what']}" for check in result.get("gate", [])]
+    if result["replicas"]:
+        seconds = result["seconds"]
+        plural = "replica" if result["replicas"] == 1 else "replicas"
+        lines += [f"  {result['replicas']} {plural}: loaded in {seconds['prepare']:.2f} s, switched in "
+                  f"{seconds['switch']:.3f} s"]  # fmt: skip
+    else:
+        lines += ["  no server within reach was told; those that follow this root do so within seconds"]
+    return "\n".join(lines)

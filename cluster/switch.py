@@ -1,0 +1,207 @@
+"""Move an alias without a caller noticing: gate, load everywhere, move the alias, swap; and back.
+
+    gate -> prepare on every replica -> alias moved, if nobody else did -> activate on every replica
+
+Nothing changes before every replica has the version loaded and has answered smoke queries with it. The alias file is
+the truth: a replica that misses the last step, or starts later, follows the file by itself. Rolling back leaves the
+gate out, because the version before is still loaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Protocol
+
+from pipelines import publish
+from pipelines.config import ClusterConfig, PromoteConfig
+from pipelines.errors import PinakesError
+from pipelines.gate import check_candidate, open_candidate
+from pipelines.manifest import fingerprint
+from pipelines.storage import Store, cache_dir
+
+APPLICATION = "pinakes"
+
+
+class Fleet(Protocol):
+    """All replicas that answer for an alias."""
+
+    async def prepare(self, alias: str, version: str) -> list[Any]:
+        """Load the version beside the others everywhere; return for each replica its findings, or what it raised."""
+        ...
+
+    async def activate(self, alias: str, state: dict[str, Any]) -> list[Any]:
+        """Answer by the version that the alias's `state` points to, everywhere; return one entry a replica."""
+        ...
+
+    async def release(self, alias: str, version: str) -> None:
+        """Let go of a version that was prepared in vain."""
+        ...
+
+
+class NoReplicas:
+    """The fleet where no server is within reach: the version is loaded and tried in this process."""
+
+    def __init__(self, root: str, settings: PromoteConfig) -> None:
+        self.root, self.settings = root, settings
+
+    async def prepare(self, alias: str, version: str) -> list[Any]:
+        findings = await asyncio.to_thread(open_candidate, self.root, alias, version, self.settings)
+        return [[finding.as_dict() for finding in findings]]
+
+    async def activate(self, alias: str, state: dict[str, Any]) -> list[Any]:
+        return []
+
+    async def release(self, alias: str, version: str) -> None:
+        pass
+
+
+async def promote(
+    fleet: Fleet, root: str, alias: str, version: str, settings: PromoteConfig, force: bool = False
+) -> dict[str, Any]:
+    """Switch an alias to a version; return its state, with what the gate found and how many replicas switched.
+
+    force: pass the gate with a worse quality or recall, never with files that do not check. Raises ArtifactError,
+    QualityError from the gate, PinakesError when a replica cannot load the version, StorageError when somebody else
+    moved the alias meanwhile; the alias then still points where it did.
+    """
+    publish.read_version(root, alias, version)
+    before = publish.current(root, alias) if alias in publish.list_aliases(root) else None
+    findings = await asyncio.to_thread(check_candidate, root, alias, version, before, settings, force)
+    told = [finding.as_dict() for finding in findings if finding.check in ("recall", "quality")]
+    result = await _switch(fleet, root, alias, version, before)
+    return {**result, "gate": told + result["gate"]}
+
+
+async def rollback(fleet: Fleet, root: str, alias: str) -> dict[str, Any]:
+    """Switch an alias back to its previous version, which the replicas still hold. Raises ConfigError without one."""
+    before = publish.read_alias(root, alias)
+    return await _switch(fleet, root, alias, publish.previous_of(alias, before), str(before["current"]))
+
+
+async def _switch(fleet: Fleet, root: str, alias: str, version: str, before: str | None) -> dict[str, Any]:
+    """Do what the gate does not: return the alias's state, the findings on loading, and how many replicas switched."""
+    began = time.monotonic()
+    try:
+        prepared = await fleet.prepare(alias, version)
+        _check_all(prepared, alias, version)
+        ready = time.monotonic()
+        state = await asyncio.to_thread(publish.promote, root, alias, version, before)
+    except BaseException:
+        if version != before:
+            await fleet.release(alias, version)
+        raise
+    switched = await fleet.activate(alias, state)
+    seconds = {"prepare": round(ready - began, 3), "switch": round(time.monotonic() - ready, 3)}
+    findings: list[Any] = next((one for one in prepared if not isinstance(one, BaseException)), [])
+    num_switched = sum(not isinstance(one, BaseException) for one in switched)
+    return {**state, "name": alias, "gate": findings, "replicas": num_switched, "seconds": seconds}
+
+
+def _check_all(prepared: list[Any], alias: str, version: str) -> None:
+    """Raise when a replica could not load the version. One that died does not count: it comes back by the alias."""
+    failed = [one for one in prepared if isinstance(one, BaseException) and not _is_gone(one)]
+    if not failed and (not prepared or any(not isinstance(one, BaseException) for one in prepared)):
+        return
+    error = _cause((failed or prepared)[0])
+    what = f"{len(failed) or len(prepared)} of {len(prepared)} replicas cannot load version {version} of {alias!r}"
+    told, hint = (error.what, error.hint) if isinstance(error, PinakesError) else (str(error), "look at their log")
+    where = error.where if isinstance(error, PinakesError) else ""
+    raise PinakesError(f"{what}, so nothing changed: {told}", where=where, hint=hint) from error
+
+
+def _is_gone(error: BaseException) -> bool:
+    from ray.exceptions import RayActorError
+
+    return isinstance(error, RayActorError)
+
+
+def _cause(error: BaseException) -> BaseException:
+    from cluster.session import unwrap
+
+    return unwrap(error)
+
+
+# From a command
+
+
+def promote_from_here(
+    root: str, alias: str, version: str, settings: PromoteConfig, force: bool = False, address: str | None = None
+) -> dict[str, Any]:
+    """Promote through the application that serves this root, where one is within reach; else move the alias alone.
+
+    address: a Ray cluster; without it RAY_ADDRESS, else that of a server on this machine. Servers out of reach follow
+    the alias by themselves. Raises what `promote` raises.
+    """
+    publish.read_version(root, alias, version)
+    with _gateway(root, alias, address) as gateway:
+        if gateway is not None:
+            return dict(gateway.promote.remote(alias, version, force, settings.model_dump()).result())
+    return asyncio.run(promote(NoReplicas(root, settings), root, alias, version, settings, force))
+
+
+def rollback_from_here(root: str, alias: str, address: str | None = None) -> dict[str, Any]:
+    """Roll back as `promote_from_here` promotes, but without the gate."""
+    publish.previous_of(alias, publish.read_alias(root, alias))
+    with _gateway(root, alias, address) as gateway:
+        if gateway is not None:
+            return dict(gateway.rollback.remote(alias).result())
+    return {**publish.rollback(root, alias), "name": alias, "replicas": 0}
+
+
+@contextmanager
+def _gateway(root: str, alias: str, address: str | None) -> Iterator[Any]:
+    """Give a handle of the gateway that serves the alias of this root, or None where none is within reach."""
+    address = address or os.environ.get("RAY_ADDRESS") or announced(root)
+    if address is None:
+        yield None
+        return
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    from cluster.session import session
+
+    with session(ClusterConfig(address=address)):
+        try:
+            gateway = serve.get_app_handle(APPLICATION)
+            yield gateway if gateway.serves.remote(place_of(root), alias).result() else None
+        except RayServeException:  # Serve does not run there, or not this application
+            yield None
+
+
+def place_of(root: str) -> str:
+    """Return the same for every way to write one root."""
+    store = Store(root)
+    return f"{store.fs.protocol}:{store.path()}"
+
+
+def _announcement(root: str) -> str:
+    return os.path.join(cache_dir("servers"), f"{fingerprint([place_of(root)])}.json")
+
+
+def announce(root: str, address: str) -> None:
+    """Leave word on this machine that this process serves `root` from the Ray cluster at `address`."""
+    Store(cache_dir("servers")).put(
+        os.path.basename(_announcement(root)), json.dumps({"address": address, "pid": os.getpid()}).encode()
+    )
+
+
+def withdraw(root: str) -> None:
+    """Take back what `announce` left."""
+    with suppress(FileNotFoundError):
+        os.unlink(_announcement(root))
+
+
+def announced(root: str) -> str | None:
+    """Return the address of the cluster from which a living process of this machine serves `root`, or None."""
+    try:
+        with open(_announcement(root), encoding="utf-8") as handle:
+            found = json.load(handle)
+        os.kill(int(found["pid"]), 0)
+        return str(found["address"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,84 @@
+"""Is there room for one more version on this machine? What its encoder and files take, and what is free."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import PinakesError
+from pipelines.publish import index_store
+from pipelines.sizes import human_bytes
+from pipelines.storage import cache_dir
+
+_CGROUP = Path("/sys/fs/cgroup")
+_MEMINFO = Path("/proc/meminfo")
+_OF_A_SHARD = ("shard-", "passages-", "ids-")
+_LOADED = 2.0  # of a checkpoint's bytes: fp16 files that compute in fp32 become twice as large
+
+
+def check_room(root: str, manifest: dict[str, Any]) -> str:
+    """Return one line that says what loading the version takes here and what there is.
+
+    A version's files are memory-mapped, so only its encoder has to fit the free memory; files of a remote root need
+    room in the cache. Raises PinakesError when either does not fit.
+    """
+    encoder, files = encoder_bytes(manifest), sum(f["num_bytes"] for f in _served_files(manifest).values())
+    free = free_memory()
+    told = f"its encoder takes up to {human_bytes(encoder)} of {human_bytes(free)} free memory"
+    hint = "free some memory, use a machine with more, or lower the number of replicas on it"
+    if encoder > free:
+        raise PinakesError(f"there is no room for one more version: {told}", hint=hint)
+    missing = _not_cached(root, manifest)
+    if missing:
+        disk = shutil.disk_usage(cache_dir("files")).free
+        told += f"; {human_bytes(missing)} to download, {human_bytes(disk)} of disk free"
+        if missing > disk:
+            hint = "free some disk, or set PINAKES_CACHE to a larger one"
+            raise PinakesError(f"there is no room for one more version: {told}", where=cache_dir("files"), hint=hint)
+    if files > free - encoder:
+        told += f"; its files map {human_bytes(files)}, more than is free, so searches will read from the disk"
+    return told
+
+
+def encoder_bytes(manifest: dict[str, Any]) -> int:
+    """Return about how many bytes the query encoder takes once it is loaded."""
+    from pipelines.models.fetch import fetch
+
+    directory = Path(fetch(manifest["encoder"]["query_checkpoint"]))
+    size_of = {p.suffix: 0 for p in directory.rglob("*") if p.is_file()}
+    for path in directory.rglob("*"):
+        if path.is_file():
+            size_of[path.suffix] += path.stat().st_size
+    # Released checkpoints often carry the same weights in several formats; one of them is read.
+    return int(_LOADED * (size_of.get(".safetensors") or sum(size_of.values())))
+
+
+def free_memory() -> int:
+    """Return the bytes of memory that this process may still take: the machine's, or its control group's if less."""
+    lines = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines()) if _MEMINFO.exists() else {}
+    if "MemAvailable" not in lines:
+        return 1 << 62  # not Linux: nothing is known
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    try:
+        limit, used = (_CGROUP / "memory.max").read_text().strip(), int((_CGROUP / "memory.current").read_text())
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        if limit != "max":
+            free = min(free, int(limit) - used + int(stat.get("inactive_file", 0)))  # cached files give way
+    except (OSError, ValueError):
+        pass  # no control group that says so
+    return max(0, free)
+
+
+def _served_files(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {name: entry for name, entry in manifest["files"].items() if name.startswith(_OF_A_SHARD)}
+
+
+def _not_cached(root: str, manifest: dict[str, Any]) -> int:
+    """Return the bytes that have to be downloaded; none where the root is a folder of this machine."""
+    if index_store(root, manifest["name"]).is_local:
+        return 0
+    cached = set(os.listdir(cache_dir("files")))
+    entries = _served_files(manifest).items()
+    return sum(e["num_bytes"] for name, e in entries if f"{e['sha256'][:32]}-{name}" not in cached)

@@ -1,0 +1,278 @@
+"""What a replica holds and how replicas switch together, without Ray: nothing mixed, lost or left over."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import shutil
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cluster import switch
+from cluster.serve_follow import Follower
+from cluster.serve_versions import Versions
+from pipelines import publish
+from pipelines.config import PromoteConfig
+from pipelines.errors import ArtifactError, PinakesError, StorageError
+from pipelines.retrieve import Retriever
+from tests.two_versions import ALIAS, QUERIES, TwoVersions, build_two
+
+SETTINGS = PromoteConfig()
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> TwoVersions:
+    return build_two(tmp_path_factory.mktemp("versions"))
+
+
+@pytest.fixture
+def two(built: TwoVersions, tmp_path: Path) -> TwoVersions:
+    """A copy of the root, whose alias points to the old version, which it never left."""
+    shutil.copytree(built.root, tmp_path / "root")
+    (tmp_path / "root" / "aliases" / f"{ALIAS}.json").unlink()
+    copy = TwoVersions(str(tmp_path / "root"), built.old, built.new)
+    publish.promote(copy.root, ALIAS, copy.old)
+    return copy
+
+
+class Replica:
+    """One replica: its versions and its follower, loading by `load`, which a test may make fail."""
+
+    def __init__(self, two: TwoVersions, pinned: list[str] | None = None) -> None:
+        self.root, self.broken = two.root, set[str]()
+        self.versions: Versions[Retriever] = Versions(two.root, [ALIAS], pinned or [], self._load)
+        self.versions.start()
+        self.follower = Follower(self.versions, self.prepare, self.activate, 0.01)
+
+    def _load(self, manifest: dict[str, Any]) -> Retriever:
+        if manifest["version"] in self.broken:
+            raise ArtifactError("the shard is damaged")
+        return Retriever(self.root, manifest)
+
+    async def prepare(self, alias: str, version: str) -> list[Any]:
+        await asyncio.to_thread(self.versions.prepare, alias, version)
+        return []
+
+    async def activate(self, alias: str, state: dict[str, Any], even_older: bool = False) -> bool:
+        return self.versions.activate(alias, state, even_older=even_older)
+
+    @property
+    def loaded(self) -> set[str]:
+        return {version for _, version in self.versions.now.loaded}
+
+    @property
+    def current(self) -> str:
+        return self.versions.now.aliases[ALIAS].current
+
+
+class Replicas:
+    """Some replicas of this process, as a fleet."""
+
+    def __init__(self, *replicas: Replica) -> None:
+        self.replicas = replicas
+
+    async def prepare(self, alias: str, version: str) -> list[Any]:
+        asked = [replica.prepare(alias, version) for replica in self.replicas]
+        return list(await asyncio.gather(*asked, return_exceptions=True))
+
+    async def activate(self, alias: str, state: dict[str, Any]) -> list[Any]:
+        return [await replica.activate(alias, state) for replica in self.replicas]
+
+    async def release(self, alias: str, version: str) -> None:
+        for replica in self.replicas:
+            replica.versions.release(alias, version)
+
+
+def promote(two: TwoVersions, *replicas: Replica) -> dict[str, Any]:
+    return asyncio.run(switch.promote(Replicas(*replicas), two.root, ALIAS, two.new, SETTINGS))
+
+
+def rollback(two: TwoVersions, *replicas: Replica) -> dict[str, Any]:
+    return asyncio.run(switch.rollback(Replicas(*replicas), two.root, ALIAS))
+
+
+def test_promote_loads_everywhere_then_switches_and_rollback_loads_nothing(two: TwoVersions) -> None:
+    replicas = Replica(two), Replica(two)
+    result = promote(two, *replicas)
+    assert (result["current"], result["replicas"]) == (two.new, 2)
+    assert [replica.current for replica in replicas] == [two.new, two.new]
+    assert all(replica.loaded == {two.old, two.new} for replica in replicas)
+    before = [dict(replica.versions.now.loaded) for replica in replicas]
+    assert rollback(two, *replicas)["current"] == two.old
+    assert [replica.current for replica in replicas] == [two.old, two.old]
+    assert [dict(replica.versions.now.loaded) for replica in replicas] == before
+
+
+def test_one_replica_that_cannot_load_stops_it_all(two: TwoVersions) -> None:
+    sound, broken = Replica(two), Replica(two)
+    broken.broken.add(two.new)
+    with pytest.raises(PinakesError, match=r"1 of 2 replicas cannot load.*nothing changed.*the shard is damaged"):
+        promote(two, sound, broken)
+    assert publish.current(two.root, ALIAS) == two.old
+    assert [replica.current for replica in (sound, broken)] == [two.old, two.old]
+    assert [replica.loaded for replica in (sound, broken)] == [{two.old}, {two.old}]
+
+
+def test_a_lost_race_changes_nothing_here(two: TwoVersions, monkeypatch: pytest.MonkeyPatch) -> None:
+    replica = Replica(two)
+
+    def lost(*arguments: Any) -> None:
+        raise StorageError("the alias was moved by somebody else")
+
+    monkeypatch.setattr(publish, "promote", lost)
+    with pytest.raises(StorageError):
+        promote(two, replica)
+    assert (replica.current, replica.loaded) == (two.old, {two.old})
+
+
+def test_an_older_word_does_not_undo_a_newer_one_but_the_file_does(two: TwoVersions) -> None:
+    versions = Replica(two).versions
+    versions.prepare(ALIAS, two.new)
+    assert versions.activate(ALIAS, two.state(two.new, moves=5))
+    assert not versions.activate(ALIAS, two.state(two.old, moves=4))
+    assert versions.now.aliases[ALIAS].current == two.new
+    assert versions.activate(ALIAS, two.state(two.old, moves=1), even_older=True)  # the file was made anew
+    assert versions.now.aliases[ALIAS].current == two.old
+
+
+def test_what_is_not_loaded_cannot_be_activated(two: TwoVersions) -> None:
+    versions = Replica(two).versions
+    with pytest.raises(ArtifactError, match="not loaded"):
+        versions.activate(ALIAS, two.state(two.new, moves=9))
+    assert versions.now.aliases[ALIAS].current == two.old
+
+
+def test_requests_name_alias_and_version_or_get_to_know_what_is_served(two: TwoVersions) -> None:
+    versions = Replica(two, pinned=[two.new]).versions
+    assert versions.take(None)[1].manifest["version"] == two.old
+    assert versions.take(ALIAS, two.new)[1].manifest["version"] == two.new
+    with pytest.raises(ArtifactError, match=f"no alias 'cat' here; served: {ALIAS}") as refused:
+        versions.take("cat")
+    assert "did you mean 'cats'" in refused.value.hint
+    with pytest.raises(ArtifactError, match=f"'gone' of 'cats' is not served here; served: .*{two.new}"):
+        versions.take(ALIAS, "gone")
+
+
+def test_pinned_versions_stay_and_others_go_once_nobody_uses_them(two: TwoVersions) -> None:
+    replica = Replica(two)
+    gone = weakref.ref(replica.versions.take(ALIAS)[1])
+    in_use = replica.versions.take(ALIAS)[1]
+    promote(two, replica)
+    alone = {"current": two.new, "previous": None, "history": [{}] * 9}  # the old version is no longer the previous one
+    assert replica.versions.activate(ALIAS, alone)
+    assert replica.loaded == {two.new}
+    assert in_use.search(QUERIES[:1], 3)[0]  # a request under way goes on
+    del in_use
+    gc.collect()
+    assert gone() is None
+    pinned = Replica(two, pinned=[two.old])
+    assert pinned.versions.activate(ALIAS, alone)
+    assert pinned.loaded == {two.old, two.new}
+
+
+def test_a_version_prepared_in_vain_is_let_go_of(two: TwoVersions) -> None:
+    versions = Replica(two).versions
+    versions.prepare(ALIAS, two.new)
+    versions.release(ALIAS, two.old)  # current: it stays
+    assert set(versions.now.loaded) == {(ALIAS, two.old), (ALIAS, two.new)}
+    versions.release(ALIAS, two.new)
+    assert set(versions.now.loaded) == {(ALIAS, two.old)}
+
+
+def test_a_replica_follows_what_another_process_promoted(two: TwoVersions) -> None:
+    replica = Replica(two)
+    publish.promote(two.root, ALIAS, two.new)
+    asyncio.run(replica.follower.catch_up())
+    assert (replica.current, replica.loaded) == (two.new, {two.old, two.new})
+    publish.rollback(two.root, ALIAS)
+    asyncio.run(replica.follower.catch_up())
+    assert replica.current == two.old
+    assert Replica(two).current == two.old  # a restarted one begins there
+    late = Replica(two)
+    asyncio.run(late.follower.catch_up())
+    assert late.loaded == {two.old, two.new}  # and warms the one before
+
+
+def test_a_replica_that_cannot_follow_goes_on_and_says_so(two: TwoVersions) -> None:
+    replica = Replica(two)
+    replica.broken.add(two.new)
+    publish.promote(two.root, ALIAS, two.new)
+    asyncio.run(replica.follower.catch_up())
+    assert replica.current == two.old
+    assert replica.follower.troubles == {(ALIAS, two.new): "the shard is damaged"}
+    replica.broken.clear()
+    while replica.current != two.new:  # it waits a little longer after each failure
+        asyncio.run(replica.follower.catch_up())
+    assert replica.follower.troubles == {}
+
+
+def test_a_store_out_of_reach_stops_nothing(two: TwoVersions, monkeypatch: pytest.MonkeyPatch) -> None:
+    replica = Replica(two)
+
+    async def follow_for_a_while() -> None:
+        task = asyncio.create_task(replica.follower.run())
+        with monkeypatch.context() as patch:
+            patch.setattr(publish, "read_alias", lambda *_: (_ for _ in ()).throw(StorageError("unreachable")))
+            await asyncio.sleep(0.1)
+            assert not task.done()
+        publish.promote(two.root, ALIAS, two.new)
+        while replica.current != two.new:
+            await asyncio.sleep(0.01)
+        task.cancel()
+
+    asyncio.run(follow_for_a_while())
+
+
+def test_no_answer_mixes_two_versions_while_they_are_switched(two: TwoVersions) -> None:
+    """Each answer's scores are those of the version that it names, for the vectors of that version's encoder."""
+    replica, stop = Replica(two), threading.Event()
+    expected = {}
+    for version in (two.old, two.new):
+        retriever = Retriever(two.root, two.manifest(version))
+        expected[version] = retriever.search_vectors(retriever.encoder.encode_queries(QUERIES), 5)
+
+    def ask() -> tuple[set[str], int]:
+        seen, count = set(), 0
+        while not stop.is_set():
+            _, retriever = replica.versions.take(None)
+            score_BK, row_BK = retriever.search_vectors(retriever.encoder.encode_queries(QUERIES), 5)
+            version = retriever.manifest["version"]
+            np.testing.assert_array_equal(row_BK, expected[version][1])
+            np.testing.assert_allclose(score_BK, expected[version][0], atol=1e-5)
+            seen.add(version)
+            count += 1
+        return seen, count
+
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(ask) for _ in range(4)]
+        try:
+            for _ in range(10):
+                promote(two, replica)
+                rollback(two, replica)
+        finally:
+            stop.set()
+        results = [one.result() for one in asked]
+    assert set().union(*(seen for seen, _ in results)) == {two.old, two.new}
+
+
+def test_a_server_is_found_by_the_word_it_left(
+    two: TwoVersions, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PINAKES_CACHE", str(tmp_path / "cache"))
+    assert switch.announced(two.root) is None
+    switch.announce(two.root, "127.0.0.1:1234")
+    monkeypatch.chdir(Path(two.root).parent)
+    assert switch.announced(Path(two.root).name) == "127.0.0.1:1234"  # however the root is written
+    (word,) = (tmp_path / "cache" / "servers").iterdir()
+    word.write_text(word.read_text().replace(str(os.getpid()), "999999999"))
+    assert switch.announced(two.root) is None  # of a process that is no more
+    switch.withdraw(two.root)
+    switch.withdraw(two.root)
+    assert not list((tmp_path / "cache" / "servers").iterdir())
