@@ -98,14 +98,15 @@ def _qa_pair(candidate: dict[str, Any], position: int, where: str) -> RetrievedP
     answers = _strings(candidate, "answer", where)
     extra = _rest(candidate, "id", "question", "answer", "score", "rerank_score")
     text = _text(candidate, "question", where)
-    return RetrievedPassage(_id(candidate, where), "", text, answers, position, extra)
+    return RetrievedPassage(_id(candidate, where), "", text, answers, position=position, extra=extra)
 
 
 def _context(candidate: dict[str, Any], position: int, where: str) -> RetrievedPassage:
     answers = _strings(candidate, "answers", where) if "answers" in candidate else None
     extra = _rest(candidate, "id", "title", "text", "score", "rerank_score", "answers")
     title = "" if candidate.get("title") is None else _text(candidate, "title", where)
-    return RetrievedPassage(_id(candidate, where), title, _text(candidate, "text", where), answers, position, extra)
+    text = _text(candidate, "text", where)
+    return RetrievedPassage(_id(candidate, where), title, text, answers, position=position, extra=extra)
 
 
 def _rest(record: dict[str, Any], *known: str) -> dict[str, Any]:
