@@ -21,7 +21,7 @@ from cluster.encode_workers import (
     made_from,
     part_number,
 )
-from cluster.pools import encode_resources, run_tasks, stream_rows
+from cluster.pools import encode_resources, run_tasks, stream_rows, told_while_waiting
 from cluster.progress import Progress, Stage
 from pipelines import corpus, embeddings, guard
 from pipelines.config import ClusterConfig
@@ -72,7 +72,7 @@ def encode(
     passages = corpus.corpus_store(root, snapshot["corpus"]).child(snapshot["snapshot"])
     allowed = guard.num_allowed(snapshot["num_rows"], max_quarantined_share)
     began = time.time()
-    with progress.stage("encode", len(parts)) as stage:
+    with progress.stage("encode", len(parts)) as stage, told_while_waiting(cluster, progress.say):
         receipts = _encode_missing(passages, store, parts, spec, cluster, stage, images, allowed)
         works = [Work.parse(r.facts.pop("work")) for r in receipts if "work" in r.facts]
         stage.throughput = summarise(works, began, stage.seconds, spec.compute)

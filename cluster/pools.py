@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ _FIRST_PER_GPU, _MOST_PER_GPU = 2, 8  # tokenisers: a BERT-base takes what two m
 _LEAST_GPUS = 4  # tokenisers may grow as for that many, since nodes may join
 
 _RETRIES = 4
+_SECONDS_BETWEEN_WORDS = 60.0
 _WINDOW_PER_CPU = 4
 
 
@@ -131,13 +134,14 @@ def encode_resources(config: ClusterConfig, num_parts: int) -> EncodeResources:
     keeps a second part waiting at each. The readers work ahead until their parts fill Ray Data's share of the object
     store.
     """
+    import ray
     from ray.data import ActorPoolStrategy
 
     on_gpu, cpus = config.gpus_per_worker > 0, config.cpus_per_worker
     encoder = {"num_cpus": cpus * _CORE if cpus else (_SLIVER if on_gpu else _CORE)}
     if on_gpu:
         encoder["num_gpus"] = config.gpus_per_worker
-    fits = max(1, _num_fitting(config))
+    fits = max(1, num_fitting(config, ray.nodes()))
     low, high = config.worker_range() or (fits, num_parts)
     high = max(1, min(high, num_parts))
     low = min(low, high)
@@ -157,19 +161,55 @@ def encode_resources(config: ClusterConfig, num_parts: int) -> EncodeResources:
     return EncodeResources(encoders, encoder, readers, reader, few, writer, device, threads)
 
 
-def _num_fitting(config: ClusterConfig) -> int:
-    """Return how many encoders the cluster holds as it is, counted node by node."""
-    import ray
-
+def num_fitting(config: ClusterConfig, nodes: Sequence[Mapping[str, Any]]) -> int:
+    """Return how many encoders these nodes (as `ray.nodes()` lists them) hold, counted node by node."""
     gpus, cpus = config.gpus_per_worker, config.cpus_per_worker
     count = 0
-    for node in ray.nodes():
+    for node in nodes:
         has = node["Resources"] if node["Alive"] else {}
         bounds = [has.get("GPU", 0) / gpus + 1e-6] if gpus else []
         if cpus or not gpus:
             bounds.append(has.get("CPU", 0) / max(1.0, cpus or 1.0))
         count += int(min(bounds))
     return count
+
+
+def lack(config: ClusterConfig, nodes: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return in a line what an encoder asks for and no node has; None when there is room for one."""
+    if num_fitting(config, nodes):
+        return None
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    cpus = config.cpus_per_worker or (0 if config.gpus_per_worker else 1)
+    wanted = [f"{number:g} {name}" for number, name in ((config.gpus_per_worker, "GPUs"), (cpus, "CPUs")) if number]
+    most = [f"{max([has.get(kind, 0) for has in alive], default=0):g} {kind}s" for kind in ("GPU", "CPU")]
+    return (
+        f"waiting for a node that has what an encoder asks for: {' and '.join(wanted)}; "
+        f"of {len(alive)} now none has more than {' and '.join(most)} (see cluster.gpus_per_worker)"
+    )
+
+
+@contextmanager
+def told_while_waiting(config: ClusterConfig, say: Callable[[str], None]) -> Iterator[None]:
+    """Say at once, and every minute, what is lacking as long as no node has room for an encoder.
+
+    Ray would wait in silence for half an hour.
+    """
+    import ray
+
+    ended = threading.Event()
+
+    def watch() -> None:
+        while (lacking := lack(config, ray.nodes())) and not ended.is_set():
+            say(lacking)
+            ended.wait(_SECONDS_BETWEEN_WORDS)
+
+    watcher = threading.Thread(target=watch, name="waiting", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
 
 
 def stream_rows(build: Callable[[], Any]) -> Iterator[dict[str, Any]]:

@@ -2,14 +2,20 @@
 
 The parent keeps one end of a pipe, the child the other. The child loads the encoder and the part once, then answers
 row ranges until the pipe closes; when it dies, the next range starts another. It holds nothing but the encoder.
+
+A child that hangs is as good as dead, and killed: a range may take many times what its tokens took in a trial at the
+start, and a minute more.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -35,11 +41,18 @@ from pipelines.guard import (
 from pipelines.models.base import Tokens
 from pipelines.storage import Store
 
+_log = logging.getLogger(__name__)
+
 Array = npt.NDArray[Any]
 Content = Tokens | list[bytes]
 """A part as its encoder takes it: tokenised texts, or image files."""
 
 _STARTS = 2  # the first may be a victim of somebody else
+_START_SECONDS = 1800.0  # to load the largest model from the slowest disk
+_PATIENCE = 20  # how many times slower than the trial a range may be: other work may have come to the machine
+_LEAST_SECONDS = 60.0
+_IMAGE_SECONDS = 30.0  # for each, however large; there is no trial
+_TRIAL = 8, "a few words that take some time " * 16  # texts alike, of about a passage's length
 _CODE = "import sys; from pipelines.guard_process import serve; serve(int(sys.argv[1]))"
 
 
@@ -98,25 +111,33 @@ def device_lost(error: Exception) -> bool:
 class ChildEncoder:
     """A range encoder whose work is done by a child process; `encoder` says with what settings."""
 
-    def __init__(self, encoder: Encoder | ImageEncoder, content: Content, device: str) -> None:
+    def __init__(
+        self,
+        encoder: Encoder | ImageEncoder,
+        content: Content,
+        device: str,
+        least_seconds: float = _LEAST_SECONDS,
+    ) -> None:
+        """least_seconds: that every range may take, however few rows it has."""
         import torch
 
         spec = encoder.spec
         if isinstance(encoder, Encoder):  # the same budget cuts the same micro-batches: the same vectors
             spec = replace(spec, token_budget=encoder.engine.budget)
         self._work = (spec, device, torch.get_num_threads(), content)
+        self._least_seconds, self._token_seconds = least_seconds, 0.0
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
 
     def __call__(self, start: int, stop: int) -> Array:
         """Return emb_ND (stop - start, D) float32 of these rows.
 
-        Raises WorkerDiedError when the child died of them, UnusableError when no child gets so far as to try,
+        Raises WorkerDiedError when the child died of them or hung, UnusableError when no child gets so far as to try,
         PinakesError and RaisedThereError for what the encoder raised.
         """
         if self._pipe is None:
             self._start()
-        kind, answer = self._ask((start, stop))
+        kind, answer = self._ask((start, stop), self._allowed_seconds(start, stop))
         if kind == "emb":
             return answer
         if kind == "lost":
@@ -133,6 +154,13 @@ class ChildEncoder:
             self._process.wait()
         self._pipe = self._process = None
 
+    def _allowed_seconds(self, start: int, stop: int) -> float:
+        content = self._work[-1]
+        if not isinstance(content, Tokens):
+            return self._least_seconds + _IMAGE_SECONDS * (stop - start)
+        num_tokens = int(content.offsets[stop] - content.offsets[start])
+        return self._least_seconds + _PATIENCE * self._token_seconds * num_tokens
+
     def _start(self) -> None:
         """Start a child and wait until it has loaded its encoder."""
         for left in reversed(range(_STARTS)):
@@ -145,27 +173,42 @@ class ChildEncoder:
             theirs.close()
             self._pipe = ours
             try:
-                kind, answer = self._ask(self._work)
+                kind, answer = self._ask(self._work, _START_SECONDS)
             except WorkerDiedError as error:
                 if left:
                     continue
                 raise _unusable(f"its {error}") from error
             if kind == "ready":
+                self._token_seconds = answer
                 return
             self.close()
             raise UnusableError(answer) if isinstance(answer, PinakesError) else _unusable(str(answer))
 
-    def _ask(self, question: Any) -> tuple[str, Any]:
-        """Send and receive once. Raises WorkerDiedError when the child is gone."""
+    def _ask(self, question: Any, seconds: float) -> tuple[str, Any]:
+        """Send and receive once. Raises WorkerDiedError when the child is gone, or has not answered in time."""
         assert self._pipe is not None
         assert self._process is not None
+        overdue = threading.Event()
+
+        def end(process: subprocess.Popen[bytes]) -> None:
+            overdue.set()
+            process.kill()
+
+        timer = threading.Timer(seconds, end, [self._process])  # ends a send that blocks, too
+        timer.daemon = True
+        timer.start()
         try:
             self._pipe.send(question)
             kind, answer = self._pipe.recv()
         except (EOFError, OSError) as error:
             code = self._process.wait()
             self.close()
+            if overdue.is_set():
+                _log.warning("an encoder's process gave no answer in %.0f s and was killed", seconds)
+                raise WorkerDiedError("process hung (and was killed)") from error
             raise WorkerDiedError(f"process died ({_ending(code)})") from error
+        finally:
+            timer.cancel()
         return kind, answer
 
 
@@ -176,10 +219,11 @@ def serve(descriptor: int) -> None:
         spec, device, num_threads, content = pipe.recv()
         try:
             encoder = _load(spec, content, device, num_threads)
+            seconds = _token_seconds(encoder)
         except Exception as error:
             pipe.send(("failed", _portable(error)))
             return
-        pipe.send(("ready", None))
+        pipe.send(("ready", seconds))
         while True:
             start, stop = pipe.recv()
             try:
@@ -195,6 +239,18 @@ def _load(spec: EncoderSpec, content: Content, device: str, num_threads: int) ->
     if isinstance(content, Tokens):
         return Encoder(spec, "passage", device, num_threads)
     return ImageEncoder(spec, device, num_threads)
+
+
+def _token_seconds(encoder: Encoder | ImageEncoder) -> float:
+    """Return what a token of a passage takes, by a trial; 0 for images."""
+    if not isinstance(encoder, Encoder):
+        return 0.0
+    num_texts, text = _TRIAL
+    tokens = encoder.tokeniser.passages([""] * num_texts, [text] * num_texts)
+    encoder.encode_tokens(tokens)  # the first call also sets things up
+    began = time.perf_counter()
+    encoder.encode_tokens(tokens)
+    return (time.perf_counter() - began) / int(tokens.offsets[-1])
 
 
 def _portable(error: Exception) -> Exception:

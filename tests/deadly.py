@@ -16,6 +16,7 @@ DEATHS = {
     "killed": "os.kill(os.getpid(), signal.SIGKILL)",
     "segfault": "ctypes.string_at(0)",
     "exit": "os._exit(3)",
+    "hung": "signal.pause()",
     "error": "raise RuntimeError('a kernel refused')",
 }
 

@@ -258,6 +258,29 @@ def test_a_death_says_how_it_came(
     child.close()
 
 
+def test_a_process_that_hangs_is_killed(
+    encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.syspath_prepend(write_sitecustomize(tmp_path, "hung"))
+    child = ChildEncoder(encoder, tokens_of(encoder, {1}), "cpu", least_seconds=1.0)
+    with pytest.raises(WorkerDiedError, match="process hung"):
+        child(1, 2)
+    assert child._process is None
+    assert "no answer in" in caplog.text
+    child._least_seconds = 600.0  # what is left of the part is encoded by the next child
+    np.testing.assert_allclose(child(2, 4), encoder.encode_tokens(tokens_of(encoder, {1}).rows(2, 4)), atol=1e-6)
+    child.close()
+
+
+def test_a_range_may_take_longer_the_more_tokens_it_has(encoder: Encoder) -> None:
+    child = ChildEncoder(encoder, tokens_of(encoder, set()), "cpu", least_seconds=10.0)
+    child._token_seconds = 0.5
+    num_tokens = int(tokens_of(encoder, set()).rows(3, 9).offsets[-1])
+    assert child._allowed_seconds(3, 9) == 10.0 + 20 * 0.5 * num_tokens
+    assert child._allowed_seconds(3, 3) == 10.0
+    assert ChildEncoder(encoder, [b"x"] * 3, "cpu", 1.0)._allowed_seconds(1, 3) == 61.0
+
+
 def test_an_error_in_the_process_is_told_and_the_process_lives(
     encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

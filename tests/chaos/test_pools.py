@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from cluster.pools import encode_resources, stream_rows
+from cluster.pools import encode_resources, stream_rows, told_while_waiting
 from pipelines.config import ClusterConfig
 
 pytestmark = pytest.mark.chaos
@@ -184,3 +184,14 @@ def test_a_stage_without_gpus_takes_those_that_come_two_encoders_on_each(cluster
     assert {name: len(found) for name, found in actors.items()} == {node.node_id: 2}
     wait_until_free()
     cluster.remove_node(node)
+
+
+def test_a_cluster_without_the_gpu_that_is_asked_for_says_so_at_once(cluster: Any) -> None:
+    said: list[str] = []
+    with told_while_waiting(ClusterConfig(gpus_per_worker=1024), said.append):
+        while not said:
+            time.sleep(0.01)
+    assert "asks for: 1024 GPUs" in said[0]
+    with told_while_waiting(ClusterConfig(), said.append):
+        pass
+    assert len(said) == 1
