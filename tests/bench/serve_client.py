@@ -38,6 +38,8 @@ _LINE = 1 << 20  # bytes a response's headers may take
 class Answers:
     """One entry for each request: when it was sent (time.time()), seconds until its answer was read, HTTP status or
     one of the two above, the question's number, whether it said `complete: false`; and the bodies, where kept.
+
+    caller_cores: CPU seconds of the callers' process by second.
     """
 
     started_N: npt.NDArray[np.float64]
@@ -46,6 +48,7 @@ class Answers:
     question_N: npt.NDArray[np.int64]
     partial_N: npt.NDArray[np.bool_]
     bodies: list[bytes]
+    caller_cores: float = 0.0
 
     def __len__(self) -> int:
         return len(self.started_N)
@@ -53,13 +56,13 @@ class Answers:
     def where(self, mask_N: npt.NDArray[np.bool_]) -> Answers:
         kept = [self.bodies[i] for i in np.flatnonzero(mask_N)] if self.bodies else []
         arrays = (self.started_N, self.seconds_N, self.status_N, self.question_N, self.partial_N)
-        return Answers(*(array[mask_N] for array in arrays), kept)
+        return Answers(*(array[mask_N] for array in arrays), kept, self.caller_cores)
 
     @classmethod
     def joined(cls, parts: Sequence[Answers]) -> Answers:
         names = ("started_N", "seconds_N", "status_N", "question_N", "partial_N")
         arrays = (np.concatenate([getattr(part, name) for part in parts]) for name in names)
-        return cls(*arrays, [body for part in parts for body in part.bodies])
+        return cls(*arrays, [body for part in parts for body in part.bodies], max(part.caller_cores for part in parts))
 
     def sent_within(self, begin: float, end: float) -> Answers:
         return self.where((self.started_N >= begin) & (self.started_N < end))
@@ -85,7 +88,7 @@ class Answers:
         span = float((self.started_N + self.seconds_N).max() - self.started_N.min()) if len(self) else 0.0
         percentiles = {f"p{p}_ms": self.milliseconds(p) for p in (50, 95, 99)}
         slowest = {"slowest_ms": self.milliseconds(100)}
-        told = {"statuses": self.statuses(), "partial": int(self.partial_N.sum())}
+        told = {"statuses": self.statuses(), "partial": int(self.partial_N.sum()), "caller_cores": self.caller_cores}
         return {"rate": good / span if span else 0.0, **percentiles, **slowest, "failed": self.failed, **told}
 
 
@@ -127,7 +130,7 @@ class Load:
         starts = [0, *kept[:-1].tolist()] if len(kept) else []
         split = [bodies[a:b] for a, b in zip(starts, kept.tolist(), strict=True)]
         names = ("started", "seconds", "status", "question", "partial")
-        return Answers(*(found[name] for name in names), split)
+        return Answers(*(found[name] for name in names), split, float(found["cores"]))
 
 
 def ask(folder: Path, address: str, questions: Path, **settings: Any) -> Answers:
@@ -200,20 +203,22 @@ def _requests(job: dict[str, Any]) -> list[bytes]:
     return made
 
 
-async def _run(job: dict[str, Any]) -> list[tuple[Any, ...]]:
+async def _run(job: dict[str, Any]) -> tuple[list[tuple[Any, ...]], float]:
+    """Return the records after the warm-up, and the cores that they took of this process."""
     records: list[tuple[Any, ...]] = []
     ends, numbers, requests = asyncio.Event(), count(job.get("first", 0)), _requests(job)
     clients = [asyncio.create_task(_Client(job, records).run(numbers, requests, ends)) for _ in range(job["clients"])]
     await asyncio.sleep(job.get("warm_seconds", 0))
-    begin, stop = time.time(), Path(job["stop"])
+    begin, cpu, stop = time.time(), time.process_time(), Path(job["stop"])
     while time.time() - begin < job["seconds"] and not stop.exists():
         await asyncio.sleep(0.1)
     ends.set()
     await asyncio.gather(*clients)
-    return [record for record in records if record[0] >= begin]
+    cores = (time.process_time() - cpu) / (time.time() - begin)
+    return [record for record in records if record[0] >= begin], cores
 
 
-def _save(records: list[tuple[Any, ...]], path: str) -> None:
+def _save(records: list[tuple[Any, ...]], cores: float, path: str) -> None:
     started, seconds, status, question, partial, bodies = zip(*records, strict=True) if records else [()] * 6
     ends = np.cumsum([len(body) for body in bodies], dtype=np.int64) if any(bodies) else np.zeros(0, np.int64)
     np.savez(
@@ -225,6 +230,7 @@ def _save(records: list[tuple[Any, ...]], path: str) -> None:
         partial=np.array(partial, np.bool_),
         bodies=np.frombuffer(b"".join(bodies), np.uint8),
         ends=ends,
+        cores=cores,
     )
 
 
@@ -232,7 +238,7 @@ def main() -> None:
     import uvloop
 
     job = json.loads(Path(sys.argv[1]).read_text())
-    _save(uvloop.run(_run(job)), job["answers"])
+    _save(*uvloop.run(_run(job)), job["answers"])
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ _READY_SECONDS = 240.0
 _END_SECONDS = 90.0
 _SAMPLE_SECONDS = 0.5
 _QUIET = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "RAY_AUTH_MODE": "disabled"}
-_ROLES = {"Gateway": "gateway", "Shard": "shard", "Reranker": "reranker", "ProxyActor": "proxy", "haproxy": "proxy"}
+_ROLES = {"Gateway": "gateway", "shard-": "shard", "Reranker": "reranker", "ProxyActor": "proxy", "haproxy": "proxy"}
 """What a process of our server does, by a word of its title."""
 
 
