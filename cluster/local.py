@@ -30,15 +30,19 @@ def search(
     k: int,
     reranking: RerankConfig | None = None,
     answering: AnswerConfig | None = None,
+    where: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Search one version in this process; rerank its hits and answer from them where asked."""
+    """Search one version in this process; rerank its hits and answer from them where asked.
+
+    where: a filter on metadata, see `pipelines.filters`.
+    """
     if not query.strip():
         raise InputError("the query is blank", expected="some text")
     manifest = publish.read_version(root, name or _only_alias(root), version)
     check_k(k, manifest)
     retriever = Retriever(root, manifest)
     depth = max(k, *(stage.depth for stage in (reranking, answering) if stage), 1)
-    (hits,), took = retriever.search_timed([query], min(depth, manifest["num_rows"]))
+    (hits,), took = retriever.search_timed([query], min(depth, manifest["num_rows"]), retriever.filter(where))
     given: dict[str, Any] = {}
     if reranking:
         with _timed(took, "rerank"):
@@ -54,6 +58,18 @@ def search(
     shown = [{"row": h.row, "score": h.score, "rerank_score": h.rerank_score, **h.passage.as_dict()} for h in hits[:k]]
     identity = {"query": query, "name": manifest["name"], "version": manifest["version"]}
     return {**identity, "took_ms": took, "hits": shown, **given}
+
+
+def read_filter(text: str) -> dict[str, Any]:
+    """Return the filter that the command was given. Raises ConfigError when it is no JSON object."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        what, hint = f"the filter is no JSON object: {text[:60]}", "quote all of it for the shell"
+        raise ConfigError(what, where="--filter", expected='for example {"lang": "en"}', hint=hint)
+    return content
 
 
 def stages(

@@ -140,6 +140,8 @@ class Gateway:
         self, retriever: Retriever, texts: list[str], wanted: Wanted, deadline: float, latest: float
     ) -> _Found:
         """Encode and search. deadline, latest: time.monotonic() until which to wait for shards, and for its turn."""
+        if (where := wanted[1]) is not None:  # here, where nobody else waits for a filter that is new
+            await asyncio.to_thread(retriever.select, where)
         answered = await self.batcher.run(retriever, texts, wanted, latest)
         spent, lost = answered.seconds, list[int]()
         seconds = {"receive": spent["wait"], "encode": spent["encode"], "search": spent["search"]}
@@ -198,7 +200,9 @@ class Gateway:
     async def catalogue(self) -> dict[str, Any]:
         """Return the aliases and where they point, the versions loaded, the stages, and what does not load."""
         now = self.versions.now
-        aliases = {a: {"current": p.current, "previous": p.previous} for a, p in now.aliases.items()}
+        aliases: dict[str, dict[str, Any]] = {
+            alias: {"current": pointer.current, "previous": pointer.previous} for alias, pointer in now.aliases.items()
+        }
         versions = [
             {
                 "alias": alias,
@@ -206,17 +210,18 @@ class Gateway:
                 "state": self._state(alias, version),
                 "encoder": retriever.manifest["encoder"]["checkpoint"],
                 **{name: retriever.manifest[name] for name in _FACTS},
+                "metadata": retriever.passages.fields,
             }
             for (alias, version), retriever in now.loaded.items()
         ]
         stages = {"reranker": self.reranker is not None, "reader": self.reader is not None}
-        troubles = [{"alias": a, "version": v, "problem": told} for (a, v), told in self.follower.troubles.items()]
+        for (alias, version), told in self.follower.troubles.items():
+            aliases[alias].setdefault("problems", {})[version] = told
         return {
             "default": self.versions.aliases[0],
             "aliases": aliases,
             "versions": versions,
             "stages": stages,
-            "troubles": troubles,
         }
 
     def _state(self, alias: str, version: str) -> str:

@@ -42,9 +42,14 @@ def encode_queries(plan: BuildPlan, questions: str | None) -> Array:
 
 
 def sample_sentences(plan: BuildPlan, num: int) -> list[str]:
-    """Return `num` query-like texts: one sentence from inside each of a seeded random sample of passages."""
+    """Return `num` query-like texts: one sentence from inside each of a seeded random sample of passages.
+
+    Passages that could not be encoded are left out: nothing can be found for them.
+    """
     rng = np.random.default_rng([plan.config.seed, 1])
-    rows = np.sort(rng.choice(plan.num_rows, size=min(num, plan.num_rows), replace=False))
+    guilty = [found["row"] for found in plan.embeddings.get("quarantined", [])]
+    drawn = rng.choice(plan.num_rows, size=min(num + len(guilty), plan.num_rows), replace=False)
+    rows = np.sort(drawn[~np.isin(drawn, guilty)][:num])
     sentences = []
     for entry in plan.snapshot["parts"]:
         mine = rows[(rows >= entry["first_row"]) & (rows < entry["first_row"] + entry["num_rows"])] - entry["first_row"]

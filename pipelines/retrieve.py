@@ -68,18 +68,22 @@ class LocalShard:
 
     def search(self, queries_BD: Array, k: int, where: Filter | None = None) -> tuple[Array, Array]:
         if where is not None:
-            selection = _selections.get((*self._key, where), lambda: self._select(where))
-            return search_among(self.index, selection, queries_BD, k, self.params, self.num_threads)
+            return search_among(self.index, self.select(where), queries_BD, k, self.params, self.num_threads)
 
         def find(depth: int) -> tuple[Array, Array]:
             return search(self.index, queries_BD, depth, self.params, self.num_threads)
 
         return find(k) if not len(self.unfit) else search_without(self.unfit, find, k, self.index.ntotal)
 
-    def _select(self, where: Filter) -> Selection:
-        fits_N = mask(where, self._open_passages())
-        fits_N[self.unfit - self.first_row] = False
-        return select(self.index, fits_N, self.first_row)
+    def select(self, where: Filter) -> Selection:
+        """Return which vectors belong to passages that satisfy the filter; kept for the next search by the same one."""
+
+        def make() -> Selection:
+            fits_N = mask(where, self._open_passages())
+            fits_N[self.unfit - self.first_row] = False
+            return select(self.index, fits_N, self.first_row)
+
+        return _selections.get((*self._key, where), make)
 
 
 def search_without(
@@ -187,6 +191,12 @@ class Retriever:
     def filter(self, content: Any) -> Filter | None:
         """Check a filter on the version's metadata; see `filters.parse_filter`. Raises ConfigError."""
         return None if content is None else parse_filter(content, self.passages.fields)
+
+    def select(self, where: Filter) -> None:
+        """Find out which passages of the shards here satisfy a filter, so that searches by it need not."""
+        for shard in self.shards:
+            if isinstance(shard, LocalShard):
+                shard.select(where)
 
     def search_timed(
         self, queries: Sequence[str], k: int, where: Filter | None = None
