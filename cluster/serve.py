@@ -118,7 +118,7 @@ def _check_proxy(settings: ServeConfig) -> None:
     import ray
 
     found = ray.get(ray.remote(_environment).options(num_cpus=0).remote())
-    wanted = HAPROXY if settings.proxy == "haproxy" else dict.fromkeys(HAPROXY, "0")
+    wanted = HAPROXY if settings.proxy == "haproxy" else {"RAY_SERVE_ENABLE_HA_PROXY": "0"}
     if any(found[name] != value for name, value in wanted.items()):
         told = " ".join(f"{name}={value}" for name, value in wanted.items())
         hint = f"set {told} on every node before `ray start`, or change serve.proxy"

@@ -286,7 +286,7 @@ class Gateway:
     async def activate(self, alias: str, state: dict[str, Any], even_older: bool = False) -> str:
         """Answer by the version that `state` points to from now on; return the version answered by."""
         self.versions.activate(alias, state, even_older=even_older)
-        await self.shards.tell("activate", alias, state)
+        await self.shards.tell("activate", alias, state, even_older)
         return self.versions.now.aliases[alias].current
 
     async def release(self, alias: str, version: str) -> None:

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from cluster.batcher import Wanted
 from cluster.serve_versions import Versions
 from pipelines.answer import answers_within, load_reader
 from pipelines.config import AnswerConfig, RerankConfig
-from pipelines.errors import BusyError
+from pipelines.errors import BusyError, PinakesError
 from pipelines.filters import Filter
 from pipelines.index.search import merge_topk
 from pipelines.models.base import Answer
@@ -52,15 +53,19 @@ class Shard:
 
         self.versions: Versions[ShardGroup] = Versions(root, aliases, pinned, load)
         self.versions.start()
+        for alias, pointer in self.versions.now.aliases.items():
+            if pointer.previous is not None:
+                with suppress(PinakesError):  # whoever rolls back to it is told
+                    self.versions.prepare(alias, pointer.previous)
 
     async def prepare(self, alias: str, version: str) -> None:
         """Load this deployment's shards of a version beside the others."""
         await asyncio.to_thread(self.versions.prepare, alias, version)
 
-    async def activate(self, alias: str, state: dict[str, Any]) -> None:
+    async def activate(self, alias: str, state: dict[str, Any], even_older: bool) -> None:
         """Let go of what is neither current nor previous in `state`."""
         await asyncio.to_thread(self.versions.prepare, alias, str(state["current"]))
-        self.versions.activate(alias, state)
+        self.versions.activate(alias, state, even_older=even_older)
 
     async def release(self, alias: str, version: str) -> None:
         self.versions.release(alias, version)

@@ -17,6 +17,7 @@ import pytest
 
 from cluster import jobs
 from cluster.progress import Progress
+from pipelines import publish
 from pipelines.answer import answer, load_reader
 from pipelines.config import AnswerConfig, Config, RerankConfig, load_config
 from pipelines.rerank import load_reranker, rerank
@@ -96,6 +97,30 @@ def test_one_query_a_batch_and_offline_agree(served: Served, address: str) -> No
         assert [h["id"] for h in single["hits"]] == [h.passage.id for h in hits]
         assert [h["score"] for h in single["hits"]] == pytest.approx([h.score for h in hits], abs=1e-5)
         assert set(single["took_ms"]) >= {"encode", "search", "fetch", "total"}
+
+
+def test_a_request_may_name_a_version_that_is_served(served: Served, address: str) -> None:
+    version = publish.current(served.root, "cats1")
+    _, named, _ = call(address, "/search", {"query": QUERIES[0], "k": 3, "version": version, "explain": True})
+    _, plain, _ = call(address, "/search", {"query": QUERIES[0], "k": 3})
+    assert (named["version"], named["hits"]) == (version, plain["hits"])
+    assert named["explain"]["depth"] == 3
+    assert "explain" not in plain
+    status, problem, _ = call(address, "/search", {"query": "x", "version": "0123abcd"})
+    assert status == 404
+    assert version in problem["detail"]
+
+
+def test_aliases_versions_and_reports_are_told(served: Served, address: str) -> None:
+    version = publish.current(served.root, "cats1")
+    told = call(address, "/aliases")[1]
+    assert (told["default"], told["aliases"]["cats1"]["current"]) == ("cats1", version)
+    (facts,) = call(address, "/versions")[1]["versions"]
+    assert (facts["alias"], facts["version"], facts["state"], facts["num_rows"]) == ("cats1", version, "current", 300)
+    status, report, kind = call(address, f"/reports/cats1/{version}")
+    assert (status, kind.partition(";")[0]) == (200, "text/html")
+    assert "cats1" in report
+    assert call(address, "/reports/cats1/0123abcd")[0] == 404
 
 
 def test_concurrent_callers_get_their_own_answers(address: str) -> None:

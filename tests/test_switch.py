@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +19,13 @@ import yaml
 from cluster import jobs
 from cluster.progress import Progress
 from pipelines import publish
-from pipelines.config import load_config
+from pipelines.config import ServeConfig, load_config
 from pipelines.encode import Encoder, resolve
 from pipelines.errors import ArtifactError
 from pipelines.retrieve import Retriever
 from tests.checkpoints import WORDS, write_dpr, write_paq
+from tests.test_pipeline import pinakes, pinakes_json
+from tests.test_serve import call
 
 _RNG = random.Random(5)
 PAIRS = [{"question": " ".join(_RNG.choices(WORDS, k=9)) + "?", "answer": [f"answer {i}"]} for i in range(120)]
@@ -39,12 +46,12 @@ def folder(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, name: str, **encoder: Any) -> dict[str, Any]:
+def run(folder: Path, name: str, num_shards: int = 2, **encoder: Any) -> dict[str, Any]:
     content = {
         "root": str(folder / "root"),
         "corpus": {"name": "paq", "sources": [str(folder / "paq.jsonl")], "part_size": 50},
         "encoder": {"compute": "fp32", "storage": "fp32", **encoder},
-        "index": {"name": name, "num_shards": 2, "recall_queries": 10},
+        "index": {"name": name, "num_shards": num_shards, "recall_queries": 10},
         "evaluate": {"questions": str(folder / "questions.jsonl"), "k": [1, 10]},
     }
     path = folder / "config.yaml"
@@ -75,6 +82,134 @@ def test_from_256_to_728_dimensions_and_back(folder: Path) -> None:
     assert old.manifest["dim"] == 256
     with pytest.raises(ArtifactError, match="256"):
         old.search_vectors(np.zeros((1, 728), np.float32), 1)  # a query of the other encoder never passes
+
+
+class Callers:
+    """Threads that ask the pairs' questions one after the other; each answer is kept with its question's number."""
+
+    def __init__(self, address: str, number: int = 4) -> None:
+        self.answers: list[tuple[int, int, Any]] = []
+        self._stop, self._pool = threading.Event(), ThreadPoolExecutor(number)
+        self._address = address
+        self._asked = [self._pool.submit(self._ask, first) for first in range(number)]
+
+    def _ask(self, first: int) -> None:
+        for number in itertools.islice(itertools.cycle(range(len(PAIRS))), first, None):
+            if self._stop.is_set():
+                return
+            status, answer, _ = call(self._address, "/search", {"query": PAIRS[number]["question"], "k": 5})
+            self.answers.append((number, status, answer))
+
+    def more(self, count: int = 20) -> None:
+        """Wait for so many more answers."""
+        wanted = len(self.answers) + count
+        while len(self.answers) < wanted and not any(one.done() for one in self._asked):
+            time.sleep(0.01)
+
+    def finish(self) -> list[tuple[int, int, Any]]:
+        self._stop.set()
+        for one in self._asked:
+            one.result()
+        self._pool.shutdown()
+        return self.answers
+
+
+class Both:
+    """Two versions of one index, of 256 dimensions in two shards and of 728 in three, and what each answers."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root, self.name = str(folder / "root"), "both"
+        made = run(folder, self.name, 2, checkpoint=str(folder / "paq256"))
+        self.narrow = made["version"]["version"]
+        self.wide = run(folder, self.name, 3, checkpoint=str(folder / "paq728"))["version"]["version"]
+        self.config = load_config(str(folder / "config.yaml"))
+        self.expected = {}
+        for version in (self.narrow, self.wide):
+            retriever = Retriever(self.root, publish.read_version(self.root, self.name, version))
+            emb_BD = retriever.encoder.encode_queries([pair["question"] for pair in PAIRS])
+            self.expected[version] = retriever.search_vectors(emb_BD, 5)
+
+    def serving(self, port: int, **settings: Any) -> Any:
+        settings = {"port": port, "replicas": 2, "follow_seconds": 0.2, **settings}
+        return jobs.serving(self.config.model_copy(update={"serve": ServeConfig(**settings)}))
+
+    def check(self, answers: list[tuple[int, int, Any]]) -> set[str]:
+        """See that nobody failed, and that each answer is that of the version it names; return the versions."""
+        assert {status for _, status, _ in answers} == {200}
+        for number, _, answer in answers:
+            score_BK, row_BK = self.expected[answer["version"]]
+            assert answer["complete"] is True
+            assert [hit["row"] for hit in answer["hits"]] == row_BK[number].tolist()
+            np.testing.assert_allclose([hit["score"] for hit in answer["hits"]], score_BK[number], rtol=1e-4)
+        return {answer["version"] for _, _, answer in answers}
+
+    def versions_now(self, address: str) -> set[str]:
+        return {call(address, "/search", {"query": "who", "k": 1})[1]["version"] for _ in range(12)}
+
+
+@pytest.fixture(scope="module")
+def both(folder: Path) -> Iterator[Both]:
+    yield Both(folder)
+    from ray import serve
+
+    serve.shutdown()
+
+
+@pytest.fixture(scope="module")
+def port() -> int:
+    return jobs.free_port()  # Serve keeps the port it was started with
+
+
+@pytest.mark.parametrize("placement", ["together", "spread"])
+def test_switching_under_load_fails_nobody_and_mixes_nothing(both: Both, port: int, placement: str) -> None:
+    publish.promote(both.root, both.name, both.narrow)
+    with both.serving(port, placement=placement) as address:
+        callers = Callers(address)
+        for _ in range(3):
+            switched = pinakes_json("promote", both.name, both.wide, "--root", both.root, "--max-quality-loss", "1")
+            assert (switched["current"], switched["replicas"]) == (both.wide, 2)
+            assert both.versions_now(address) == {both.wide}
+            callers.more()
+            back = pinakes_json("rollback", both.name, "--root", both.root)
+            assert (back["current"], back["replicas"]) == (both.narrow, 2)
+            assert both.versions_now(address) == {both.narrow}
+            callers.more()
+        answers = callers.finish()
+        listed = call(address, "/versions")[1]["versions"]
+    assert both.check(answers) == {both.narrow, both.wide}
+    assert {(v["version"], v["state"]) for v in listed} == {(both.narrow, "current"), (both.wide, "previous")}
+
+
+def test_a_refused_promotion_leaves_the_server_as_it_is(both: Both, port: int) -> None:
+    publish.promote(both.root, both.name, both.narrow)
+    path = Path(both.root, "indexes", both.name, both.wide, "shard-001.faiss")
+    sound = path.read_bytes()
+    with both.serving(port, replicas=1) as address:
+        callers = Callers(address)
+        path.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+        try:
+            told = pinakes("promote", both.name, both.wide, "--root", both.root, "--force", code=5)
+            assert "damaged" in told
+            # Moved by somebody who did not look, it is not followed either, and what is wrong is told.
+            publish.promote(both.root, both.name, both.wide)
+            while not (problems := call(address, "/aliases")[1]["aliases"][both.name].get("problems")):
+                time.sleep(0.05)
+            assert "damaged" in problems[both.wide]
+            assert both.versions_now(address) == {both.narrow}
+            assert both.check(callers.finish()) == {both.narrow}
+        finally:
+            path.write_bytes(sound)
+
+
+def test_a_server_follows_what_was_promoted_elsewhere(both: Both, port: int) -> None:
+    publish.promote(both.root, both.name, both.narrow)
+    with both.serving(port) as address:
+        callers = Callers(address)
+        publish.promote(both.root, both.name, both.wide)
+        while both.versions_now(address) != {both.wide}:
+            time.sleep(0.05)
+        callers.more()
+        assert both.check(callers.finish()) >= {both.wide}
 
 
 def test_dpr_passages_and_questions_each_have_their_tower(folder: Path) -> None:
