@@ -1,7 +1,7 @@
 """The `pinakes` command: every verb, on this machine or on a cluster.
 
 Exit codes: 0 done · 1 failed · 2 config or usage · 3 input · 4 checkpoint · 5 artifact · 6 storage · 7 quality gate ·
-130 interrupted. Results go to stdout (with --json as one JSON object), progress and errors to stderr.
+8 server · 130 interrupted. Results go to stdout (with --json as one JSON object), progress and errors to stderr.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from cluster import cli_files, cli_index, cli_vectors, cli_verify
+from cluster import cli_files, cli_index, cli_keys, cli_switch, cli_vectors, cli_verify, signals
 from cluster.console import Json, Quiet, load, progress, show
 from pipelines.errors import PinakesError
 
@@ -20,7 +20,7 @@ app = typer.Typer(
     name="pinakes",
     help="Embed a large corpus and build the index that serves it, on Ray.",
     epilog="Start with: pinakes demo. Your own corpus: pinakes run configs/NAME.yaml. Exit codes: 0 done, 1 failed, "
-    "2 config or usage, 3 input, 4 checkpoint, 5 artifact, 6 storage, 7 quality gate, 130 interrupted.",
+    "2 config or usage, 3 input, 4 checkpoint, 5 artifact, 6 storage, 7 quality gate, 8 server, 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -34,12 +34,12 @@ Root = Annotated[str, typer.Option("--root", help="The root folder or s3:// URL.
 def main() -> None:
     """Run the command; turn our errors into a message and an exit code."""
     try:
-        app()
+        with signals.handled():
+            app()
     except PinakesError as error:
         _fail(error)
     except SystemExit as end:
-        if end.code == 130:
-            print("interrupted; what is done stays done: run the same command to go on", file=sys.stderr)
+        signals.say_goodbye(end.code)
         raise
 
 
@@ -136,16 +136,29 @@ def search(
     name: Annotated[str | None, typer.Option(help="The index; needed when the root holds several.")] = None,
     version: Annotated[str | None, typer.Option(help="A version instead of the alias's current one.")] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Hits.")] = 10,
+    filter_: Annotated[
+        str | None, typer.Option("--filter", help='By metadata, as JSON: {"lang": "en", "year": {"gte": 1990}}.')
+    ] = None,
     rerank: Annotated[str | None, typer.Option(help="Reorder 50 hits by this cross-encoder or PAQ reranker.")] = None,
     answer: Annotated[str | None, typer.Option(help="Answer by this reader (or `stored`) from 20 hits.")] = None,
     tokeniser: Annotated[str | None, typer.Option(help="T5's tokeniser, for a FiD reader.")] = None,
+    url: Annotated[str | None, typer.Option(help="Ask the server there instead.", metavar="http://HOST:PORT")] = None,
+    key: Annotated[str | None, typer.Option(help="With --url: an API key.", envvar="PINAKES_KEY")] = None,
+    with_: Annotated[list[str] | None, typer.Option("--with", help="With --url: rerank or answer; repeatable.")] = None,
     json_: Json = False,
 ) -> None:
-    """Search a version in this process, without a server."""
+    """Search a version in this process, without a server; or, with --url, on a server."""
     from cluster import local, summaries
 
+    where = None if filter_ is None else local.read_filter(filter_)
+    if url is not None:
+        from cluster import remote
+
+        found = remote.search(url, key, query, with_ or [], k=k, alias=name, version=version, filter=where)
+        show(found, json_, summaries.search_summary)
+        return
     stages = local.stages(rerank, answer, tokeniser)
-    show(local.search(root, name, version, query, k, *stages), json_, summaries.search_summary)
+    show(local.search(root, name, version, query, k, *stages, where), json_, summaries.search_summary)
 
 
 @app.command(epilog="Example: pinakes status --root s3://bucket/pinakes --json")
@@ -179,31 +192,6 @@ def inspect(
     show(local.inspect(target), json_, summaries.plain_summary)
 
 
-@app.command(epilog="Example: pinakes promote wikipedia 3f2a91c04be7d815 --root pinakes-data")
-def promote(
-    name: Annotated[str, typer.Argument(help="The alias (the index's name).")],
-    version: Annotated[str, typer.Argument(help="A published version.")],
-    root: Root = "pinakes-data",
-    json_: Json = False,
-) -> None:
-    """Point an alias to a version."""
-    from pipelines import publish
-
-    show(publish.promote(root, name, version), json_, lambda r: f"{name} -> {r['current']}")
-
-
-@app.command(epilog="Example: pinakes rollback wikipedia --root pinakes-data")
-def rollback(
-    name: Annotated[str, typer.Argument(help="The alias (the index's name).")],
-    root: Root = "pinakes-data",
-    json_: Json = False,
-) -> None:
-    """Point an alias back to its previous version."""
-    from pipelines import publish
-
-    show(publish.rollback(root, name), json_, lambda r: f"{name} -> {r['current']}")
-
-
 @app.command(epilog="Example: pinakes demo --once")
 def demo(
     once: Annotated[
@@ -221,5 +209,7 @@ def demo(
 
 app.add_typer(cli_files.app)
 app.add_typer(cli_index.app)
+app.add_typer(cli_keys.app, name="keys")
+app.add_typer(cli_switch.app)
 app.add_typer(cli_vectors.app)
 app.add_typer(cli_verify.app)
