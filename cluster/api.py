@@ -24,10 +24,8 @@ from cluster.api_models import (
     NAME_PATTERN,
     AliasesModel,
     AliasMoved,
-    AnswerModel,
     BatchLine,
     BatchRequest,
-    HitModel,
     PassageModel,
     PromoteRequest,
     ReadyModel,
@@ -35,9 +33,7 @@ from cluster.api_models import (
     SearchRequest,
     SearchResponse,
     VersionsModel,
-    answer_json,
     found_json,
-    hit_json,
 )
 from cluster.api_stream import Batch
 from cluster.problems import Problem, of_error
@@ -47,10 +43,7 @@ from pipelines.access_keys import KeyFile, KeyRing, default_url
 from pipelines.config import ServeConfig
 from pipelines.errors import ConfigError, PinakesError
 
-__all__ = [
-    "AnswerModel", "Backend", "HitModel", "PassageModel", "SearchRequest", "SearchResponse",
-    "answer_json", "api", "build_api", "found_json", "hit_json", "key_file",
-]  # fmt: skip
+__all__ = ["Backend", "SearchRequest", "build_api", "found_json", "key_file"]
 
 Name = Annotated[str | None, Query(pattern=NAME_PATTERN)]
 PathName = Annotated[str, Path(pattern=NAME_PATTERN)]
@@ -279,12 +272,6 @@ async def _http(request: Request, error: HTTPException) -> Response:
 
 
 def _answer(request: Request, problem: Problem) -> Response:
-    if (call := request.scope.get("pinakes")) is None:  # until serve.py uses build_api
-        return problem.response("-")
+    call = _call(request)
     call.refused = problem.reason
     return problem.response(call.request_id)
-
-
-api = FastAPI(title="Pinakes", description="Search a published index.", version="1")
-"""What serve.py decorates until it builds its application by `build_api`."""
-_handle_errors(api)

@@ -100,10 +100,6 @@ class HitModel(BaseModel):
     answers: list[str] | None = None
     metadata: dict[str, Any] | None = None
 
-    @classmethod
-    def of(cls, hit: Hit) -> "HitModel":
-        return cls(row=hit.row, score=hit.score, rerank_score=hit.rerank_score, **hit.passage.as_dict())
-
 
 class AnswerModel(BaseModel):
     """passage: id of the passage it was read from, if it was read from one. start, end: characters of its text."""
@@ -113,12 +109,6 @@ class AnswerModel(BaseModel):
     passage: str | None = None
     start: int | None = None
     end: int | None = None
-
-    @classmethod
-    def of(cls, answer: Answer, hits: list[Hit]) -> "AnswerModel":
-        source = hits[answer.passage].passage.id if answer.passage >= 0 else None
-        span = {"start": answer.start, "end": answer.end} if answer.start >= 0 else {}
-        return cls(text=answer.text, score=answer.score, passage=source, **span)
 
 
 class SearchResponse(BaseModel):

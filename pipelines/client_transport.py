@@ -122,11 +122,10 @@ class Transport:
         except (OSError, http.client.HTTPException) as error:
             return self.no_answer(path, error)
         try:
-            problem = json.loads(data)
-            return refused({"status": response.status, **problem}, self.url + path, response.headers)
-        except (ValueError, TypeError, KeyError):
-            told = data[:200].decode("utf-8", "replace").strip()
-            return ServiceError(f"status {response.status}: {told or response.reason}", where=self.url + path)
+            problem = dict(json.loads(data))
+        except (ValueError, TypeError):  # not from the API, but from a proxy before it
+            problem = {"detail": data[:200].decode("utf-8", "replace").strip() or response.reason}
+        return refused({**problem, "status": response.status}, self.url + path, response.headers)
 
     def no_answer(self, path: str, error: Exception) -> ServiceError:
         if isinstance(error, TimeoutError):
@@ -140,7 +139,7 @@ class Transport:
 
 def refused(problem: Mapping[str, Any], where: str, headers: Any = None) -> PinakesError:
     """Return the error that a problem's JSON stands for."""
-    status, what = int(problem["status"]), str(problem["detail"])
+    status, what = int(problem["status"]), str(problem.get("detail", "it did not say why"))
     request = str(problem.get("instance", "")).rpartition(":")[2]
     told = {"where": where, "hint": f"the server's log knows it as request {request}" if request else ""}
     if status in (429, 503):

@@ -42,3 +42,15 @@ def ray_cluster() -> Iterator[str]:
             del os.environ["RAY_ADDRESS"]
         else:
             os.environ["RAY_ADDRESS"] = before
+
+
+@pytest.fixture(scope="session")
+def local_root(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A root with two versions under the alias `cats`, built without Ray; not to be changed."""
+    from tests.checkpoints import write_sentence_transformer
+    from tests.local_backend import build_root
+
+    folder = tmp_path_factory.mktemp("local")
+    checkpoint = write_sentence_transformer(str(folder / "model"))
+    build_root(folder, checkpoint)
+    return build_root(folder, checkpoint, num_shards=2)

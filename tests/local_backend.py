@@ -66,7 +66,7 @@ class LocalBackend:
             raise BusyError("the time was over before the search began", hint="ask again with more time")
         asked = {stage: depth for stage, depth in self.depths.items() if getattr(request, stage)}
         depth = min(max([request.k, *asked.values()]), len(retriever.passages))
-        found, took = retriever.search_timed(texts, depth)
+        found, took = retriever.search_timed(texts, depth, retriever.filter(request.filter))
         skipped, given = [], None
         if "rerank" in asked:
             left = deadline - time.monotonic()
@@ -139,7 +139,8 @@ class LocalBackend:
 def build_root(folder: Path, checkpoint: str, rows: Sequence[dict[str, Any]] = (), **index: Any) -> str:
     """Build, publish and promote a version under the alias `cats`; return its root.
 
-    rows (default: TEXTS, with the ids p0, p1, …): {"id", "title", "text"} each. index: keys of IndexConfig. Called again, it adds a version to the root.
+    rows: {"id", "title", "text"} each; by default TEXTS, with the ids p0, p1, …. index: keys of IndexConfig. Called
+    again, it adds a version to the root.
     """
     folder.mkdir(parents=True, exist_ok=True)
     content = rows or [{"id": f"p{i}", "title": "", "text": text} for i, text in enumerate(TEXTS)]

@@ -14,6 +14,7 @@ VERBS = [
     *("run", "ingest", "encode", "index", "evaluate", "serve", "search", "status", "models", "inspect"),
     *("promote", "rollback", "demo", "rerank", "answer", "rank", "extract", "generate", "filter", "group"),
     *("plan", "rebuild", "verify", "import-vectors", "export-vectors", "import-index"),
+    *("keys create", "keys list", "keys revoke"),
 ]
 
 
@@ -60,6 +61,6 @@ def test_every_verb_has_help_with_an_example(verb: str) -> None:
 
     from cluster.cli import app
 
-    shown = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "200"})
+    shown = CliRunner().invoke(app, [*verb.split(), "--help"], env={"COLUMNS": "200"})
     assert shown.exit_code == 0
     assert f"Example: pinakes {verb}" in shown.stdout
