@@ -82,13 +82,14 @@ class RateLimit:
 class Call:
     """One request: who asks, what its route found out (`facts`, for log and trace), and what was answered."""
 
-    def __init__(self, scope: Message, headers: dict[str, str], send: Send) -> None:
+    def __init__(self, scope: Message, headers: dict[str, str], send: Send, tells_id: bool) -> None:
         given = headers.get("x-request-id", "")
         self.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         self.began = time.perf_counter()
         self.key: AccessKey | None = None
         self.facts: dict[str, Any] = {}
         self.status, self.refused, self._scope, self._send = 0, "", scope, send
+        self._id_header = [(b"x-request-id", self.request_id.encode())] if tells_id else []
         self.charge: Callable[[int], None] = lambda num: None
 
     @property
@@ -107,7 +108,7 @@ class Call:
             headers = list(message.get("headers", []))
             known = {name.lower() for name, _ in headers}
             headers += [pair for pair in _HEADERS.items() if pair[0] not in known]
-            message = {**message, "headers": [*headers, (b"x-request-id", self.request_id.encode())]}
+            message = {**message, "headers": headers + self._id_header}
         await self._send(message)
 
     async def refuse(self, problem: Problem, receive: Receive) -> None:
@@ -116,12 +117,20 @@ class Call:
 
 
 class Access:
-    """The middleware. keys: None where no key is ever needed."""
+    """The middleware. keys: None where no key is ever needed. tells_id: whether answers bear the request's id; Ray
+    Serve's proxies add it themselves."""
 
     def __init__(
-        self, app: Any, config: ServeConfig, keys: KeyRing | None, metrics: Metrics, tracer: Tracer | None = None
+        self,
+        app: Any,
+        config: ServeConfig,
+        keys: KeyRing | None,
+        metrics: Metrics,
+        tracer: Tracer | None = None,
+        tells_id: bool = True,
     ) -> None:
         self.app, self.config, self.keys, self.metrics, self.tracer = app, config, keys, metrics, tracer
+        self.tells_id = tells_id
         self.limit = RateLimit(config.rate_per_second, config.rate_burst) if config.rate_per_second else None
         self.in_flight = 0
         self._reading: asyncio.Task[None] | None = None
@@ -131,7 +140,7 @@ class Access:
             await self.app(scope, receive, send)
             return
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        call = scope["pinakes"] = Call(scope, headers, send)
+        call = scope["pinakes"] = Call(scope, headers, send, self.tells_id)
         self._count(1)
         try:
             await self.app(scope, await self._admit(scope, headers, receive, call), call.send)

@@ -97,17 +97,19 @@ class Backend(Protocol):
         ...
 
 
-def build_api(backend: Callable[[], Backend], config: ServeConfig, keys: KeyFile | None = None) -> FastAPI:
+def build_api(
+    backend: Callable[[], Backend], config: ServeConfig, keys: KeyFile | None = None, *, tells_id: bool = True
+) -> FastAPI:
     """Return the application, to be built where it runs. `backend` is called on each request.
 
-    keys: the file of the API keys. Raises ConfigError when the config wants keys and there is no such file named.
+    keys: the file of the API keys. tells_id: False where the server before it adds X-Request-Id to answers.
+    Raises ConfigError when the config wants keys and no file of them is given.
     """
     ring = _ring(config, keys)
-    app = FastAPI(
-        title="Pinakes", description=__doc__, version="1", docs_url=None, redoc_url=None, redirect_slashes=False
-    )
-    metrics = Metrics()
-    app.add_middleware(Access, config=config, keys=ring, metrics=metrics, tracer=Tracer.from_environment())
+    # FastAPI's own /docs needs the internet, and its redirects of `path/` would pass by what Access knows of paths.
+    app = FastAPI(title="Pinakes", version="1", docs_url=None, redoc_url=None, redirect_slashes=False)
+    metrics, tracer = Metrics(), Tracer.from_environment()
+    app.add_middleware(Access, config=config, keys=ring, metrics=metrics, tracer=tracer, tells_id=tells_id)
     _handle_errors(app)
     _add_pages(app, backend)
     _add_operations(app, backend, config, metrics)

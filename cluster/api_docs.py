@@ -57,7 +57,7 @@ def describe(app: FastAPI, config: ServeConfig) -> None:
 
 
 def _document(app: FastAPI, config: ServeConfig) -> dict[str, Any]:
-    told = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+    told = get_openapi(title=app.title, version=app.version, description="Search a published index.", routes=app.routes)
     schemas = told.setdefault("components", {}).setdefault("schemas", {})
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)

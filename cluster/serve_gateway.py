@@ -96,7 +96,7 @@ class Gateway:
         self._following = asyncio.get_running_loop().create_task(self.follower.run())
 
     def __serve_build_asgi_app__(self) -> Any:
-        return build_api(lambda: self, self.config, key_file(self.config, self.root))
+        return build_api(lambda: self, self.config, key_file(self.config, self.root), tells_id=False)
 
     def _load(self, manifest: dict[str, Any]) -> Retriever:
         # In placement "spread" the retriever keeps encoder and passages; the shards are elsewhere.
