@@ -11,13 +11,16 @@ from cluster.console import Json, Quiet, load, progress, show
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from cluster.progress import Progress
     from pipelines.config import Config
 
 app = typer.Typer()
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key of CONFIG.")]
 
 
 @app.command(epilog="Example: pinakes plan --rows 21015324 --dim 768 --memory 32GB. For a corpus that was ingested: "
-             "pinakes plan configs/wikipedia-dpr.yaml --memory 32GB")  # fmt: skip
+             "pinakes plan configs/wikipedia-dpr.yaml --memory 32GB. For one that was encoded, by trying: pinakes plan "
+             "configs/wikipedia-dpr.yaml --pilot --min-recall 0.95 --memory 8GB --p95-ms 20")  # fmt: skip
 def plan(
     config: Annotated[
         str | None, typer.Argument(help="A YAML config, for rows, width, metric, shards.", metavar="[CONFIG]")
@@ -29,14 +32,38 @@ def plan(
     memory: Annotated[
         str | None, typer.Option(help="What a replica may use, e.g. 8GB or 8GiB: says which indexes fit.")
     ] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key of CONFIG.")] = None,
+    pilot: Annotated[
+        bool, typer.Option("--pilot", help="Try them on a sample of CONFIG's embeddings: recall, time, memory.")
+    ] = False,
+    min_recall: Annotated[
+        float | None, typer.Option(min=0, max=1, help="With --pilot: recall@10 wanted; else the config's, or 0.95.")
+    ] = None,
+    p95_ms: Annotated[
+        float | None, typer.Option(min=0.001, help="With --pilot: what 95 of 100 searches may take, on one core.")
+    ] = None,
+    set_: Overrides = None,
     json_: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """List the indexes that are valid for a corpus, best expected recall first, with their memory. Builds nothing."""
+    """List the indexes that are valid for a corpus, best expected recall first, with their memory. Builds nothing.
+
+    With --pilot each is tried on a sample and tuned to the recall wanted, and the cheapest within the limits is named;
+    exit code 7 when there is none.
+    """
+    from pipelines.errors import ConfigError
     from pipelines.sizes import parse_bytes
 
     loaded = load(config, set_) if config else None
     budget = parse_bytes(memory) if memory is not None else None
+    if pilot and (loaded is None or any(given is not None for given in (rows, dim, metric, shards))):
+        raise ConfigError("a pilot tries indexes on embeddings", where="pinakes plan --pilot",
+                          expected="a CONFIG whose corpus is encoded, and none of --rows, --dim, --metric, --shards",
+                          hint="plan without --pilot for a corpus that is not there yet")  # fmt: skip
+    if pilot and loaded is not None:
+        _show_pilot(loaded, min_recall, budget, p95_ms, progress(quiet), json_)
+        return
+    if min_recall is not None or p95_ms is not None:
+        raise ConfigError("only a pilot knows recall and time", where="pinakes plan", hint="add --pilot")
     show(candidates_for(loaded, rows, dim, metric, shards, budget), json_, plan_table)
 
 
@@ -102,6 +129,40 @@ def plan_table(result: dict[str, Any]) -> Table:
     return table
 
 
+def _show_pilot(
+    config: Config, min_recall: float | None, budget: int | None, max_ms: float | None, told: Progress, as_json: bool
+) -> None:
+    """Print what the pilot found. Raises its refusal, after the table, when nothing can be chosen."""
+    from cluster.plan import plan_with_pilot
+
+    result = plan_with_pilot(config, min_recall, budget, max_ms, told)
+    refusal = result.pop("refusal")
+    if not (refusal and as_json):
+        show(result, as_json, pilot_table)
+    if refusal:
+        raise refusal
+
+
+def pilot_table(result: dict[str, Any]) -> Table:
+    """Return the forecasts as a table for the terminal, the cheapest that keeps the target first."""
+    from rich.table import Table
+
+    from pipelines.sizes import human_bytes
+
+    title = f"Forecasts for {result['num_rows']:,} vectors of width {result['dim']}, recall@10 of {result['target']}"
+    table = Table(title=title, caption=f"Chosen: {result['chosen'] or 'none'}. `index.factory: auto` builds it.")
+    for name in ("factory", "setting", "recall", "ms", "p95 ms", "memory", "disk", "train", "add", ""):
+        table.add_column(name, no_wrap=name == "factory", justify="left" if name in ("factory", "setting") else "right")
+    for f in result["candidates"]:
+        setting = ", ".join(f"{name} {value}" for name, value in f["params"].items())
+        times = [f"{f['train_seconds']:,.0f} s", f"{f['add_seconds']:,.0f} s"]
+        sizes = [human_bytes(f["memory_bytes"]), human_bytes(f["index_bytes"])]
+        said = "too low" if not f["reached"] else "" if f["fits"] else "too large or slow"
+        recall = f"{f['recall']:.3f} ± {f['half_width']:.3f}"
+        table.add_row(f["factory"], setting, recall, f"{f['ms']:.3g}", f"{f['p95_ms']:.3g}", *sizes, *times, said)
+    return table
+
+
 def _num_rows(config: Config) -> int:
     from pipelines import corpus
     from pipelines.errors import ConfigError
@@ -130,7 +191,7 @@ def _dim(config: Config) -> int:
 def rebuild(
     config: Annotated[str, typer.Argument(help="The YAML config of the published index.", metavar="CONFIG")],
     encoder: Annotated[str, typer.Option(help="A YAML config whose `encoder` is taken.", metavar="CONFIG")],
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key of CONFIG.")] = None,
+    set_: Overrides = None,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:

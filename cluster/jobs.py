@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from cluster.progress import Progress
-from cluster.session import result_stream, session
+from cluster.session import choose_proxy, result_stream, session
 from pipelines import publish
 from pipelines.answer import check_reader
 from pipelines.config import Config
@@ -74,6 +74,10 @@ def evaluate(config: Config, version: str | None, progress: Progress) -> dict[st
 
 def serve_until_interrupted(config: Config, progress: Progress) -> None:
     """Serve the config's alias until Ctrl-C or SIGTERM."""
+    from cluster.access import exposure
+
+    if warning := exposure(config.serve):
+        progress.say(f"warning: {warning}")
     with serving(config) as address:
         progress.say(_how_to_use(address, config))
         _wait_for_signal()
@@ -85,6 +89,7 @@ def demo(config: Config, once: bool, progress: Progress) -> None:
 
     from cluster.summaries import evaluation_summary, search_summary
 
+    choose_proxy(config.serve.proxy)
     with session(config.cluster):
         result = run(config, progress)
         if result["evaluation"]:
@@ -104,16 +109,20 @@ def demo(config: Config, once: bool, progress: Progress) -> None:
 
 @contextmanager
 def serving(config: Config) -> Iterator[str]:
-    publish.read_alias(config.root, config.index.name)
+    """Serve the config's alias, and those of `serve.aliases`, and give the address."""
+    aliases = list(dict.fromkeys([config.index.name, *config.serve.aliases]))
+    for alias in aliases:
+        publish.read_alias(config.root, alias)
     _check_stages(config)
+    choose_proxy(config.serve.proxy)
     with session(config.cluster):
         from cluster import serve
 
-        address = serve.start([config.index.name], config)
+        address = serve.start(aliases, config)
         try:
             yield address
         finally:
-            serve.stop()
+            serve.stop(config.root)
 
 
 def _ask(address: str, question: str) -> dict[str, Any]:
@@ -183,6 +192,8 @@ def check_index(config: Config, spec: EncoderSpec) -> None:
     from pipelines.index.search import check_params
     from pipelines.index.spec import new_index, parse_spec
 
+    if config.index.factory == "auto":
+        return
     metric = "ip" if config.index.metric == "auto" else config.index.metric
     check_params(new_index(parse_spec(config.index.factory, spec.dim, metric)), config.index.search_params)
 
@@ -190,9 +201,11 @@ def check_index(config: Config, spec: EncoderSpec) -> None:
 def embed_and_index(config: Config, spec: EncoderSpec, snapshot: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """Make whatever a snapshot lacks to become a published version; return the version's manifest."""
     from cluster.index import build_version
+    from cluster.plan import settle
 
     embedded = _encode(config, spec, snapshot, progress)
-    return build_version(config.root, config.index, snapshot, embedded, progress, config.evaluate.questions)
+    chosen, forecast = settle(config, snapshot, embedded, progress)
+    return build_version(config.root, chosen, snapshot, embedded, progress, config.evaluate.questions, forecast)
 
 
 def _result(content: dict[str, Any], progress: Progress) -> dict[str, Any]:

@@ -1,0 +1,209 @@
+"""`plan --pilot` and `index.factory: auto`: try candidates on a sample of the corpus, forecast, choose, remember.
+
+What a pilot found lies beside the embeddings under a name made of all that it depends on: timings never come out twice
+the same, and a run that goes on must not choose another index than the one it began to build.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+
+from cluster.encode import embedding_store
+from cluster.index import held_out
+from cluster.jobs import encoder_of
+from cluster.pools import cluster_cpus, largest_node_cpus, run_task, run_tasks
+from cluster.progress import Progress
+from cluster.session import session
+from pipelines import build, corpus, embeddings
+from pipelines.build import BuildPlan
+from pipelines.config import Config, IndexConfig
+from pipelines.errors import ConfigError
+from pipelines.evaluate import read_questions
+from pipelines.index.candidates import Candidate, candidates, default_lists
+from pipelines.index.forecast import Forecast, Limits, Scale, choose, extrapolate
+from pipelines.index.pilot import NEAR, Lists, Measured, Pilot, find_lists, measure, num_lists
+from pipelines.index.spec import parse_spec
+from pipelines.index.tune import HeldOut
+from pipelines.manifest import fingerprint, has_manifest, read_manifest
+from pipelines.schema import FORMAT_VERSION
+from pipelines.storage import Store
+
+_ROWS_PER_LIST, _MOST_ROWS = 39, 131_072  # a sample grows so that lists get the rows they need, up to there
+_DEFAULT_TARGET = 0.95
+
+
+class PilotPlan(BuildPlan):
+    """The plan that reads a corpus and finds its exact neighbours: of a Flat index that will never be built."""
+
+    @property
+    def store(self) -> Store:
+        return self.vectors.child("plans")
+
+
+def settle(
+    config: Config, snapshot: dict[str, Any], embedded: dict[str, Any], progress: Progress
+) -> tuple[IndexConfig, dict[str, Any] | None]:
+    """Return the index config with `factory: auto` settled, and the forecast of what was chosen; else as it is.
+
+    Raises QualityError when no index keeps the target within the limits.
+    """
+    index = config.index
+    if index.factory != "auto":
+        return index, None
+    assert index.min_recall is not None
+    limits = _limits(index.max_memory_gb, index.max_ms)
+    found = forecasts(config, snapshot, embedded, progress, index.min_recall)
+    best = choose(found, index.min_recall, limits)
+    asked = {"min_recall": index.min_recall, "max_memory_gb": index.max_memory_gb, "max_ms": index.max_ms}
+    progress.say(f"index.factory auto: {best.factory}, of {len(found)} candidates tried on a sample")
+    settled = {"factory": best.factory, "max_memory_gb": None, "max_ms": None}
+    return index.model_copy(update=settled), {**best.as_dict(), "asked": asked}
+
+
+def plan_with_pilot(
+    config: Config, min_recall: float | None, memory_bytes: int | None, max_ms: float | None, progress: Progress
+) -> dict[str, Any]:
+    """Return the forecasts of all candidates for a corpus that is encoded, and which one to choose.
+
+    What is not given comes from the config, and a target of 0.95 without one. `chosen` is None and `refusal` an error
+    when nothing keeps the target within the limits. Raises ConfigError when the corpus is not encoded yet.
+    """
+    from pipelines.errors import QualityError
+
+    index = config.index
+    target = min_recall or index.min_recall or _DEFAULT_TARGET
+    limits = _limits(index.max_memory_gb, max_ms or index.max_ms)
+    limits = replace(limits, memory_bytes=memory_bytes) if memory_bytes else limits
+    with session(config.cluster):
+        snapshot, embedded = _encoded(config)
+        found = forecasts(config, snapshot, embedded, progress, target)
+    told = {"num_rows": embedded["num_rows"], "dim": embedded["dim"], "target": target, "limits": str(limits)}
+    listed = [{**f.as_dict(), "fits": f.keeps(limits)} for f in sorted(found, key=lambda f: (not f.reached, f.cost))]
+    try:
+        chosen: str | None = choose(found, target, limits).factory
+        refusal = None
+    except QualityError as error:
+        chosen, refusal = None, error
+    return {**told, "candidates": listed, "chosen": chosen, "refusal": refusal}
+
+
+def forecasts(
+    config: Config, snapshot: dict[str, Any], embedded: dict[str, Any], progress: Progress, target: float
+) -> list[Forecast]:
+    """Return the forecasts of all candidates: those of an earlier pilot on the very same, else of one made now."""
+    questions = config.evaluate.questions
+    plan = _pilot_plan(config, snapshot, embedded)
+    name = f"plan-{_key(plan, questions, target)}.json"
+    if not plan.store.exists(name):
+        found = _measured(plan, config.index, questions, target, progress)
+        content = json.dumps({"forecasts": [f.as_dict() for f in found]}, indent=1) + "\n"
+        plan.store.create(name, content.encode())  # of two pilots at once, the first is what both go by
+        plan.work.remove_all()
+    return [Forecast(**entry) for entry in json.loads(plan.store.read(name))["forecasts"]]
+
+
+def _key(plan: BuildPlan, questions: str | None, target: float) -> str:
+    encoder, settings = plan.embeddings["encoder"], plan.config
+    identity = [encoder["fingerprint"], encoder["query_fingerprint"], plan.embeddings["snapshot"]]
+    shape = [plan.metric, len(plan.shards), settings.group_rows, settings.train_rows, settings.pilot_rows]
+    asked = [q.text for q in read_questions(questions)] if questions else None
+    return fingerprint([FORMAT_VERSION, *identity, *shape, settings.seed, settings.recall_queries, asked, target])
+
+
+def _measured(
+    plan: BuildPlan, config: IndexConfig, questions: str | None, target: float, progress: Progress
+) -> list[Forecast]:
+    found = candidates(plan.num_rows, plan.dim, plan.metric, len(plan.shards))
+    with progress.stage("pilot", len(found)) as stage:
+        pilot, read_seconds = _make_pilot(plan, questions, target)
+        able = [(c, s) for c in found if (s := parse_spec(c.factory, plan.dim, plan.metric)).min_train_rows
+                <= len(pilot.row_S)]  # fmt: skip
+        wanted = sorted({num_lists(spec) for _, spec in able} - {0})
+        threads = plan.num_threads
+        lists = {n: run_task(find_lists, pilot.sample_SD, n, plan.metric, pilot.seed, threads, num_cpus=threads)
+                 for n in wanted}  # fmt: skip
+        stage.advance(len(found) - len(able))
+        told = []
+        # A node tries one candidate at a time: what it measures are seconds.
+        for position, one in run_tasks(_measure_task, able, pilot, lists, threads, num_cpus=threads):
+            told.append((position, _forecast(one, able[position][0], plan, config, read_seconds)))
+            stage.advance()
+    return [forecast for _, forecast in sorted(told, key=lambda pair: pair[0])]
+
+
+def _make_pilot(plan: BuildPlan, questions: str | None, target: float) -> tuple[Pilot, float]:
+    """Return what candidates are tried on, and the seconds that reading the embeddings took one core.
+
+    The queries are the half that a build tunes on: those that will verify the version have no part in choosing it.
+    """
+    asked, _ = held_out(plan, questions, NEAR).halves(plan.config.seed)
+    near = np.unique(asked.exact_QK[asked.exact_QK >= 0])
+    wanted = max(plan.config.pilot_rows, min(_MOST_ROWS, _ROWS_PER_LIST * default_lists(plan.num_rows)))
+    sample, rows, near_ND, near, seconds = run_task(_gather_task, plan, near, min(wanted, plan.num_rows))
+    few = HeldOut(asked.queries_QD, asked.exact_QK[:, : build.RECALL_K])
+    fewest = min(len(shard.rows) for shard in plan.shards)
+    return Pilot(sample, rows, near_ND, near, few, target, fewest, plan.config.seed), seconds
+
+
+def _gather_task(plan: BuildPlan, near: Any, num_rows: int) -> tuple[Any, ...]:
+    start = time.perf_counter()
+    rng = np.random.default_rng([plan.config.seed, 3])
+    rows = np.sort(rng.choice(plan.num_rows, size=num_rows, replace=False))
+    near = np.setdiff1d(near, rows)
+    every = np.union1d(rows, near)
+    vectors = embeddings.take(plan.vectors, plan.embeddings["parts"], plan.dim, every)
+    is_near = np.isin(every, near)
+    shuffled = rng.permutation(num_rows)  # the first few are a sample, too
+    return vectors[~is_near][shuffled], rows[shuffled], vectors[is_near], near, time.perf_counter() - start
+
+
+def _measure_task(item: tuple[Candidate, Any], pilot: Pilot, lists: dict[int, Lists], num_threads: int) -> Measured:
+    candidate, spec = item
+    return measure(candidate, spec, pilot, lists.get(num_lists(spec)), num_threads)
+
+
+def _forecast(
+    found: Measured, candidate: Candidate, plan: BuildPlan, config: IndexConfig, read_seconds: float
+) -> Forecast:
+    chosen = plan.config.model_copy(update={"factory": candidate.factory})
+    built = build.plan_build(plan.root, chosen, plan.snapshot, plan.embeddings, plan.num_threads)
+    groups = [group for shard in built.shards for group in shard.groups]
+    # A graph takes its rows in order, but on several cores.
+    at_once = len(groups) if candidate.mergeable else max(len(groups), plan.num_threads)
+    scale = Scale(
+        num_rows=plan.num_rows,
+        num_shards=len(built.shards),
+        num_cores=max(1, min(int(cluster_cpus()), at_once)),
+        train_rows=min(config.train_rows or built.spec.default_train_rows(plan.num_rows), plan.num_rows),
+        read_seconds=read_seconds,
+    )
+    return extrapolate(found, candidate, scale)
+
+
+def _pilot_plan(config: Config, snapshot: dict[str, Any], embedded: dict[str, Any]) -> PilotPlan:
+    flat = config.index.model_copy(update={"factory": "Flat"})
+    plan = build.plan_build(config.root, flat, snapshot, embedded, largest_node_cpus())
+    return PilotPlan(**{field.name: getattr(plan, field.name) for field in fields(plan)})
+
+
+def _limits(memory_gb: float | None, ms: float | None) -> Limits:
+    return Limits(memory_gb * 1e9 if memory_gb else np.inf, ms or np.inf)
+
+
+def _encoded(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the manifests of the snapshot and its embeddings. Raises ConfigError for one that is not there."""
+    snapshot = corpus.find_snapshot(config.root, corpus.plan_ingest(config.corpus))
+    store = embedding_store(config.root, snapshot["snapshot"], encoder_of(config)) if snapshot else None
+    if snapshot is None or store is None or not has_manifest(store):
+        raise ConfigError(
+            f"a pilot tries indexes on embeddings, and the corpus {config.corpus.name!r} has none by this encoder",
+            where=config.root,
+            expected="a corpus that is encoded",
+            hint="run `pinakes encode CONFIG` first, or plan without --pilot",
+        )
+    return snapshot, read_manifest(store, "embeddings")

@@ -1,0 +1,210 @@
+"""Try a candidate on a sample of the corpus: what recall it keeps, and what its parts cost.
+
+A sample alone would flatter: codes confuse a row with those that lie nearly as near, and most of these are not in it.
+So the rows that lie nearest to the queries in the whole corpus are added where recall is measured, and left out where
+time is, since queries would find more rows near them than the corpus has.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.index.build import add, clone_empty, train, train_front
+from pipelines.index.candidates import Candidate
+from pipelines.index.kmeans import coarse_of, in_front, preset
+from pipelines.index.search import search
+from pipelines.index.spec import IndexSpec, Metric, new_index, parse_spec
+from pipelines.index.structure import layers
+from pipelines.index.tune import HeldOut, Params, Trial, Tuned, knobs, tune
+
+Array = npt.NDArray[Any]
+Rows = npt.NDArray[np.int64]
+
+NEAR = 100
+"""How many of the rows nearest to a query join the sample: ten for each of the ten that recall counts."""
+_FEW = 16  # the first fill is a 16th of the sample
+_SINGLE = 100  # searches that are timed one by one
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """What every candidate is tried on.
+
+    sample_SD, row_S: a uniform random sample of the corpus and its rows. near_ND, row_N: the rows nearest to the
+    queries in the whole corpus that are not in the sample. asked: queries, with the rows that exact search finds in the
+    whole corpus. target: the recall wanted. num_rows: of the smallest shard to come, which bounds a graph's walk.
+    """
+
+    sample_SD: Array
+    row_S: Rows
+    near_ND: Array
+    row_N: Rows
+    asked: HeldOut
+    target: float
+    num_rows: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Lists:
+    """The centroids (C, D) of so many lists, found once for all candidates that have them; seconds: what it took."""
+
+    centroid_CD: Array
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a pilot measured of one candidate.
+
+    list_seconds, code_seconds: training the lists and the rest, on train_rows rows; add_seconds: one core's for a row.
+    fills: (rows in the index, milliseconds a search) twice, few and many. p95_ms: of single searches, on the second.
+    """
+
+    factory: str
+    search: str
+    params: Params
+    recall: float
+    half_width: float
+    reached: bool
+    num_lists: int
+    train_rows: int
+    list_seconds: float
+    code_seconds: float
+    add_seconds: float
+    fills: tuple[tuple[int, float], tuple[int, float]]
+    p95_ms: float
+
+    @property
+    def ms(self) -> float:
+        return self.fills[-1][1]
+
+
+def num_lists(spec: IndexSpec) -> int:
+    """Return how many lists an index of `spec` has; 0 for one without."""
+    found = coarse_of(new_index(spec))
+    return found.num_lists if found else 0
+
+
+def find_lists(sample_SD: Array, num: int, metric: Metric, seed: int, num_threads: int) -> Lists:
+    """Cluster the sample (S, D) into `num` lists as FAISS's inverted file does."""
+    import faiss
+
+    start = time.perf_counter()
+    index = train(parse_spec(f"IVF{num},Flat", sample_SD.shape[1], metric), sample_SD, seed, num_threads)
+    centroids = faiss.downcast_index(layers(index)[-1].quantizer).reconstruct_n(0, num)
+    return Lists(centroids, time.perf_counter() - start)
+
+
+def measure(candidate: Candidate, spec: IndexSpec, pilot: Pilot, lists: Lists | None, num_threads: int) -> Measured:
+    """Build `candidate` from the sample, tune it to the target, and time its parts.
+
+    lists: those of `find_lists` for its number of lists, None where it has none. Searches are timed on one thread;
+    training and the building of a graph take num_threads.
+    """
+    start = time.perf_counter()
+    trained = _trained(spec, pilot, lists, num_threads)
+    code_seconds = time.perf_counter() - start if spec.needs_training else 0.0
+    if candidate.search == "graph":
+        tuned, add_seconds, fills, p95_ms = _on_graph(trained, pilot, num_threads)
+    else:
+        tuned, add_seconds, fills, p95_ms = _on_codes(trained, pilot)
+    return Measured(
+        factory=candidate.factory,
+        search=candidate.search,
+        params=tuned.best.params,
+        recall=tuned.best.recall,
+        half_width=tuned.best.half_width,
+        reached=tuned.reached,
+        num_lists=len(lists.centroid_CD) if lists else 0,
+        train_rows=len(pilot.row_S),
+        list_seconds=lists.seconds if lists else 0.0,
+        code_seconds=code_seconds,
+        add_seconds=add_seconds,
+        fills=fills,
+        p95_ms=p95_ms,
+    )
+
+
+_Found = tuple[Tuned, float, tuple[tuple[int, float], tuple[int, float]], float]
+
+
+def _on_codes(trained: Any, pilot: Pilot) -> _Found:
+    """Tune on the sample with the near rows, then time two fills of the sample alone."""
+    dense = clone_empty(trained)
+    add(dense, pilot.sample_SD, pilot.row_S)
+    add(dense, pilot.near_ND, pilot.row_N)
+    tuned = _tuned(dense, pilot)
+    del dense
+    index, few = clone_empty(trained), max(1, len(pilot.row_S) // _FEW)
+    add(index, pilot.sample_SD[:few], pilot.row_S[:few], num_threads=1)
+    first = _ms(index, pilot, tuned.best.params)
+    start = time.perf_counter()
+    add(index, pilot.sample_SD[few:], pilot.row_S[few:], num_threads=1)
+    add_seconds = (time.perf_counter() - start) / max(1, len(pilot.row_S) - few)
+    fills = (few, first), (len(pilot.row_S), _ms(index, pilot, tuned.best.params))
+    return tuned, add_seconds, fills, _p95_ms(index, pilot, tuned.best.params)
+
+
+def _on_graph(trained: Any, pilot: Pilot, num_threads: int) -> _Found:
+    """Build one graph of all the pilot's rows: it takes long, and the length of a walk hardly depends on them."""
+    index, few = clone_empty(trained), max(1, len(pilot.row_S) // _FEW)
+    start = time.perf_counter()
+    add(index, pilot.sample_SD, pilot.row_S, num_threads)
+    add(index, pilot.near_ND, pilot.row_N, num_threads)
+    add_seconds = (time.perf_counter() - start) * num_threads / index.ntotal
+    tuned = _tuned(index, pilot)
+    ms = _ms(index, pilot, tuned.best.params)
+    return tuned, add_seconds, ((few, ms), (index.ntotal, ms)), _p95_ms(index, pilot, tuned.best.params)
+
+
+def _trained(spec: IndexSpec, pilot: Pilot, lists: Lists | None, num_threads: int) -> Any:
+    """Train all but the lists, which are those found before, seen through the candidate's own transforms."""
+    import faiss
+
+    if lists is None:
+        return train(spec, pilot.sample_SD, pilot.seed, num_threads)
+    index = train_front(spec, pilot.sample_SD, pilot.seed, num_threads)
+    centroids = in_front(index, lists.centroid_CD)
+    coarse = coarse_of(index)
+    if coarse and coarse.spherical:
+        faiss.normalize_L2(centroids)  # a projection has shortened them
+    preset(index, centroids)
+    return train(spec, pilot.sample_SD, pilot.seed, num_threads, started=index)
+
+
+def _tuned(index: Any, pilot: Pilot) -> Tuned:
+    def tried(params: Params) -> Trial:
+        start = time.perf_counter()
+        _, found_QK = search(index, pilot.asked.queries_QD, pilot.asked.k, params, num_threads=1)
+        return pilot.asked.trial(params, found_QK, time.perf_counter() - start)
+
+    tunable = knobs(index, pilot.num_rows, pilot.asked.k)
+    if tunable:
+        return tune(tunable, tried, pilot.target)
+    only = tried({})
+    return Tuned(only, only.recall >= pilot.target, (only,))
+
+
+def _ms(index: Any, pilot: Pilot, params: Params) -> float:
+    """Return the milliseconds a search takes, all queries after one another: the faster of two runs."""
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        search(index, pilot.asked.queries_QD, pilot.asked.k, params, num_threads=1)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds) * 1000 / len(pilot.asked)
+
+
+def _p95_ms(index: Any, pilot: Pilot, params: Params) -> float:
+    taken = []
+    for query_D in pilot.asked.queries_QD[:_SINGLE]:
+        start = time.perf_counter()
+        search(index, query_D[None], pilot.asked.k, params, num_threads=1)
+        taken.append(time.perf_counter() - start)
+    return float(np.percentile(taken, 95)) * 1000
