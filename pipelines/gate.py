@@ -107,10 +107,13 @@ def _asked(evaluation: dict[str, Any]) -> Any:
 
 def scores(evaluation: dict[str, Any]) -> dict[str, float]:
     """Return every score of an evaluation by its name; those of later stages as `rerank.mrr@10`."""
-    found = {name: float(value) for name, value in evaluation.items() if name.partition("@")[0] in METRIC_LABELS}
-    for stage in STAGES:
-        found |= {f"{stage}.{name}": value for name, value in scores(evaluation.get(stage) or {}).items()}
-    return found
+    parts = {"": evaluation, **{f"{stage}.": evaluation.get(stage) or {} for stage in STAGES}}
+    return {
+        part + name: float(value)
+        for part, content in parts.items()
+        for name, value in content.items()
+        if name.partition("@")[0] in METRIC_LABELS
+    }
 
 
 # Once it is loaded
