@@ -65,8 +65,8 @@ def test_the_comparison_is_a_table_to_those_who_do_not_see_it(page: Page) -> Non
     assert wide["columnheader"] == ["Rank", "demo v1", "demo v2"]
     assert wide["rowheader"] == ["About", "1", "2", "3", "4", "5"]
     assert wide["table"] == ["demo v1 beside demo v2"]
-    assert "1. zoo.feed, rank 2 on the right" in wide["article"]
-    assert "4. giraffe, new here" in wide["article"]
+    assert "1. zoo.feed, rank 2 in the other version" in wide["article"]
+    assert "4. 🦒 Giraffe, new here" in wide["article"]
     with page.on_a_phone():
         page.open("?q=animal&k=5&with=demo/v2")
         narrow = table()

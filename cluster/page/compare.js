@@ -16,25 +16,27 @@ function compare(before, after) {
 
 function showComparison(state, [before, after]) {
   const found = compare(before.hits, after.hits);
-  grid.forEach((column, side) => column.forEach((node) => markMove(node, side, found, side ? after : before)));
+  grid.forEach((column, side) => column.forEach((node) => markMove(node, side, found)));
   const longest = Math.max(before.took_ms?.total || 0, after.took_ms?.total || 0);
-  const header = (answer) => having(element("th", "side", `${answer.alias} ${answer.version}`), { scope: "col", role: "columnheader" });
-  const facts = (answer) => cell(element("p", "origin", ...originNodes(answer).slice(1)), timingNode(answer.took_ms, longest), ...readNodes(answer));
+  const nameOf = (answer) => `${answer.alias} ${answer.version}`;
+  const header = (answer) => having(element("th", "side", nameOf(answer)), { scope: "col", role: "columnheader" });
+  const facts = (answer) => cell(nameOf(answer), element("p", "origin", ...factNodes(answer)), timingNode(answer.took_ms, longest), ...readNodes(answer));
   const corner = having(element("th", "number", element("span", "visually-hidden", "Rank")), { scope: "col", role: "columnheader" });
   const rows = Array.from({ length: Math.max(grid[0].length, grid[1].length) }, (_, i) =>
-    row(String(i + 1), ...grid.map((column) => cell(...(column[i] ? [column[i]] : [])))));
+    row(String(i + 1), ...grid.map((column, side) => cell(nameOf(side ? after : before), ...(column[i] ? [column[i]] : [])))));
   const head = element("thead", "", having(element("tr", "", corner, header(before), header(after)), { role: "row" }),
     row(element("span", "visually-hidden", "About"), facts(before), facts(after)));
   const same = before.alias === after.alias && before.version === after.version;
   const hint = same ? "Both columns are the same version: choose another to compare with."
-    : "Moves in rank are told from the left column to the right; ranks count the results shown.";
+    : "Moves in rank are from the first version to the second; ranks count the results shown.";
   const caption = element("caption", "", tallyNode(found, Math.max(grid[0].length, grid[1].length)), element("p", "hint", hint));
   const table = element("table", "", caption, having(head, { role: "rowgroup" }), having(element("tbody", "", ...rows), { role: "rowgroup" }));
-  $("results").replaceChildren(having(table, { role: "table", "aria-label": `${before.alias} ${before.version} beside ${after.alias} ${after.version}` }));
+  $("results").replaceChildren(having(table, { role: "table", "aria-label": `${nameOf(before)} beside ${nameOf(after)}` }));
   $("status").textContent = `${found.shared} of ${count(Math.max(grid[0].length, grid[1].length), "passage")} shared`;
 }
 
-const cell = (...children) => having(element("td", "", ...children), { role: "cell" });
+/** Return a cell; on narrow screens, where there are no columns, it shows whose side it is. */
+const cell = (side, ...children) => having(element("td", "", ...children), { role: "cell", ...(children.length ? { "data-side": side } : {}) });
 
 function row(heading, ...cells) {
   return having(element("tr", "", having(element("th", "", heading), { scope: "row", role: "rowheader" }), ...cells), { role: "row" });
@@ -48,18 +50,18 @@ function tallyNode(found, depth) {
 }
 
 /** Put in place of the rank what became of the passage: on the left where it went, on the right where it came from. */
-function markMove(node, side, found, answer) {
+function markMove(node, side, found) {
   const id = node.dataset.id;
   const there = (side ? found.was : found.is).get(id), here = (side ? found.is : found.was).get(id);
   const up = side ? there - here : here - there;
-  const told = !there ? (side ? ["new", "new", "new here"] : ["gone", "gone", "gone on the right"])
-    : up === 0 ? ["same", "same", `the same rank on the ${side ? "left" : "right"}`]
+  const told = !there ? (side ? ["new", "new", "new here"] : ["gone", "gone", "gone in the other version"])
+    : up === 0 ? ["same", "same", "the same rank in both"]
     : side ? [up > 0 ? "up" : "down", `${up > 0 ? "▲" : "▼"} ${Math.abs(up)}`, `${up > 0 ? "up" : "down"} ${Math.abs(up)}, from rank ${there}`]
-    : ["", `→ ${there}`, `rank ${there} on the right`];
+    : ["", `→ ${there}`, `rank ${there} in the other version`];
   const badge = there ? having(element("button", `move ${told[0]}`), { type: "button", tabindex: "-1" }) : element("span", `move ${told[0]}`);
   badge.append(having(element("span", "", told[1]), { "aria-hidden": "true" }), element("span", "visually-hidden", told[2]));
   node.querySelector(".rank").replaceWith(badge);
-  having(node, { "data-side": `${answer.alias} ${answer.version}`, "aria-label": `${node.ariaLabel}, ${told[2]}` });
+  having(node, { "aria-label": `${node.ariaLabel}, ${told[2]}` });
   if (found.edited.has(id)) node.querySelector(".id").append(" · its text differs between the two");
 }
 

@@ -27,15 +27,15 @@ function showGaps(answer, where) {
   const skipped = (answer.skipped || []).map((stage) => ({ rerank: "reranking", answer: "answering" })[stage] || stage);
   const missing = answer.missing_shards || [];
   if (skipped.length) {
-    showNotice(title, `There was no time left for ${listed(skipped)}.`, "Raise the time limit under More, or ask for fewer results.");
+    showNotice(title, `There was no time left for ${listed(skipped)}. Raise the time limit under More, or ask for fewer results.`);
   }
   if (missing.length) {
     const all = factsOf(answer)?.num_shards;
     const which = `${missing.length === 1 ? "Shard" : "Shards"} ${listed(missing.map(String))}${all ? ` of ${all} (counted from 0)` : ""}`;
-    showNotice(title, `${which} did not answer in time: passages kept there are missing, better ones perhaps among them.`, "Search again.");
+    showNotice(title, `${which} did not answer in time: passages kept there are missing, better ones perhaps among them. Search again.`);
   }
   if (!skipped.length && !missing.length) {
-    showNotice(title, "A part of the index did not answer in time, so better passages may be missing.", "Search again.");
+    showNotice(title, "A part of the index did not answer in time, so better passages may be missing. Search again.");
   }
 }
 

@@ -17,13 +17,12 @@ function showSides(state, sides) {
     if (problem) showProblem(problem, where);
     else showGaps(answer, where);
   }
-  const moved = answers.some((answer) => !factsOf(answer) || servedAs(answer) !== factsOf(answer).state);
-  if (moved) learn();  // an alias was switched since this page asked what is served
 }
 
-function servedAs(answer) {
-  const { current, previous } = served.aliases[answer.alias] || {};
-  return { [previous]: "previous", [current]: "current" }[answer.version] || factsOf(answer)?.state;
+/** Say whether an alias was switched since this page asked what is served: another version answered for it. */
+function isOutdated({ target, answer }) {
+  if (!answer) return false;
+  return !factsOf(answer) || (!target.version && served.aliases[answer.alias].current !== answer.version);
 }
 
 const factsOf = (answer) => versionsOf(answer.alias).find((about) => about.version === answer.version);
@@ -35,14 +34,15 @@ function showList(answer) {
   $("status").textContent = answer.hits.length ? `${count(answer.hits.length, "passage")}${total}` : "No passages came back for this query.";
 }
 
+const originNodes = (answer) => [element("span", "side", `${answer.alias} ${answer.version}`), " · ", ...factNodes(answer)];
+
 /** Return the facts about the version that answered, and the link to its report. */
-function originNodes(answer) {
+function factNodes(answer) {
   const about = factsOf(answer) || { ...answer };
   const recall = about.recall && isNumber(about.recall.value) ? `recall@${about.recall.k} ${about.recall.value.toFixed(3)}` : "";
-  const name = element("span", "side", `${answer.alias} ${answer.version}`);
   const facts = [about.state, isNumber(about.num_rows) && count(about.num_rows, "passage"), answer.encoder || about.encoder,
     about.dim && `${about.dim} dimensions`, about.factory, recall].filter(Boolean);
-  return [name, ` · ${facts.join(" · ")} · `, reportLink(answer.alias, answer.version)];
+  return [`${facts.join(" · ")} · `, reportLink(answer.alias, answer.version)];
 }
 
 /** Return a link to a version's report. With a key it is fetched and saved, for a link can't carry the key. */

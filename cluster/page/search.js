@@ -210,7 +210,9 @@ async function search(state) {
   busy(true);
   $("status").textContent = "Searching…";
   try {
-    showSides(state, await Promise.all(targets.map((target) => ask(state, target, mine.signal))));
+    const sides = await Promise.all(targets.map((target) => ask(state, target, mine.signal)));
+    if (sides.some(isOutdated)) await learn();
+    if (running === mine) showSides(state, sides);
   } catch (error) {
     if (error.name !== "AbortError") throw error;
   } finally {
