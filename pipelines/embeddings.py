@@ -7,6 +7,7 @@ Any Parquet reader opens it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -104,10 +105,10 @@ def iter_blocks(store: Store, entries: Sequence[dict[str, Any]], dim: int) -> It
 
 def sample_counts(entries: Sequence[dict[str, Any]], num_rows: int) -> list[int]:
     """Return how many rows of each part a sample of `num_rows` takes: its share of the corpus, to the nearest row."""
-    ends = np.cumsum([entry["num_rows"] for entry in entries], dtype=object)
-    total = int(ends[-1]) if len(ends) else 0
-    wanted = min(num_rows, total)
-    return np.diff([0, *(end * wanted // total for end in ends)]).tolist() if total else []
+    ends = list(accumulate(entry["num_rows"] for entry in entries))
+    total = max([1, *ends])
+    bounds = [0, *(end * min(num_rows, total) // total for end in ends)]
+    return [last - first for first, last in pairwise(bounds)]
 
 
 def sample_part(store: Store, entry: dict[str, Any], dim: int, num_rows: int, seed: int) -> Array:

@@ -52,6 +52,16 @@ def test_round_trip_list_and_remove(store: Store) -> None:
     assert store.files() == []
 
 
+def test_a_store_takes_a_file_of_another(store: Store) -> None:
+    store.put("a", b"same")
+    other = store.child("other")
+    other.take("a", store)
+    store.put("a", b"new")  # a file in place is replaced, never written to, so a link to it stays what it was
+    assert (other.read("a"), store.read("a")) == (b"same", b"new")
+    with pytest.raises(ArtifactError, match="not there"):
+        other.take("b", store)
+
+
 def test_put_file_and_local_copy(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PINAKES_CACHE", str(tmp_path / "cache"))
     source = tmp_path / "source"

@@ -134,8 +134,9 @@ def write(index: Any, path: str) -> None:
 def read(path: str, mmap: bool = False) -> Any:
     """Return the index in the local file `path`; mapped, it shares its pages with other processes and is read-only.
 
-    Mapped are vectors, codes, lists and graphs of every type; an id map's ids (8 bytes a row, of flat codes and
-    graphs) are read into memory. The file must stay as it is while it is mapped: replace it, never write to it.
+    Mapped are vectors, codes, lists and links. Read into memory are an id map's ids (8 bytes a row, of flat codes and
+    graphs), a graph's levels and offsets (12 more) and all codes of fast-scan types. The file must stay as it is while
+    it is mapped: replace it, never write to it.
     Raises ArtifactError when the file is absent, cut short or no index. What lies between a file's ends is not
     checked: compare its checksum first.
     """

@@ -103,7 +103,7 @@ def add_up(coarse: Coarse, blocks: Iterable[Floats], centroids_CD: Floats) -> Su
         for start in range(0, len(block), _ROWS_AT_ONCE):
             vectors = block[start : start + _ROWS_AT_ONCE]
             score_N1, nearest_N1 = flat.search(vectors, 1)
-            if not np.isfinite(score_N1).all():
+            if nearest_N1.min() < 0 or not np.isfinite(score_N1).all():
                 raise InputError("a vector is not finite", where="k-means", hint="encode its part again")
             _add_rows(sums, vectors, nearest_N1[:, 0])
             sums.objective += float(score_N1.sum(dtype=np.float64))

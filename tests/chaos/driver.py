@@ -26,6 +26,7 @@ _WITHIN_SECONDS = {
     "add": 2.0,
     "merge": 0.6,
     "passages": 0.5,
+    "tune": 1.5,
     "verify": 2.0,
     "publish": 0.1,
 }
