@@ -198,7 +198,7 @@ class Access:
         return key
 
     def _check_scope(self, path: str, key: AccessKey | None) -> None:
-        admin = path.startswith("/admin/")
+        admin = self.config.admin_routes and path.startswith("/admin/")
         if not admin and (path in _OPEN or not self.config.require_key):
             return
         if key is None:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Protocol
 from fastapi import FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 
 from cluster.access import Access, Call
@@ -50,6 +51,13 @@ PathName = Annotated[str, Path(pattern=NAME_PATTERN)]
 _MAX_TOLD = 10
 # A report is a file of the root, drawn by whoever built the version: it may look as it likes, but run nothing.
 _REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox; frame-ancestors 'none'"
+
+
+class Json(JSONResponse):
+    """Plain dicts, encoded by pydantic's compiled encoder: ten times as fast as the standard library's."""
+
+    def render(self, content: Any) -> bytes:
+        return to_json(content)
 
 
 class NDJSON(StreamingResponse):
@@ -160,19 +168,19 @@ def _add_operations(app: FastAPI, backend: Callable[[], Backend], config: ServeC
     @app.get("/health", responses={200: {"model": dict[str, str]}})
     async def health() -> Response:
         """Say that the process answers."""
-        return JSONResponse({"status": "ok"})
+        return Json({"status": "ok"})
 
     @app.get("/ready", responses={200: {"model": ReadyModel}})
     async def ready(request: Request) -> Response:
         """Say what is loaded and served."""
         told = await backend().catalogue()
         if config.require_key and _call(request).key is None:
-            return JSONResponse({"ready": True})
+            return Json({"ready": True})
         facts = {(v["alias"], v["version"]): v for v in told["versions"]}
         names = ("version", "num_rows", "dim", "factory", "encoder")
         current = {alias: facts[alias, state["current"]] for alias, state in told["aliases"].items()}
         aliases = {alias: {name: fact[name] for name in names} for alias, fact in current.items()}
-        return JSONResponse({"ready": True, **told["stages"], "aliases": aliases})
+        return Json({"ready": True, **told["stages"], "aliases": aliases})
 
     @app.get("/aliases", responses={200: {"model": AliasesModel}})
     async def aliases() -> Response:
@@ -182,12 +190,12 @@ def _add_operations(app: FastAPI, backend: Callable[[], Backend], config: ServeC
             alias: {**state, "versions": [v for v in told["versions"] if v["alias"] == alias]}
             for alias, state in told["aliases"].items()
         }
-        return JSONResponse({"default": told["default"], "stages": told["stages"], "aliases": listed})
+        return Json({"default": told["default"], "stages": told["stages"], "aliases": listed})
 
     @app.get("/versions", responses={200: {"model": VersionsModel}})
     async def versions() -> Response:
         """List the versions that are loaded."""
-        return JSONResponse({"versions": (await backend().catalogue())["versions"]})
+        return Json({"versions": (await backend().catalogue())["versions"]})
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def scrape() -> Response:
@@ -214,7 +222,7 @@ def _add_search(app: FastAPI, backend: Callable[[], Backend], config: ServeConfi
         budget_ms = min(asked.budget_ms or config.budget_ms, config.budget_ms)
         answer = await backend().search(asked, time.monotonic() + budget_ms / 1000)
         note(call, answer, asked)
-        return JSONResponse(answer)
+        return Json(answer)
 
     @app.post("/search/batch", response_class=NDJSON, responses={200: {"model": BatchLine}})
     async def search_batch(asked: BatchRequest, request: Request) -> Response:
@@ -228,7 +236,7 @@ def _add_search(app: FastAPI, backend: Callable[[], Backend], config: ServeConfi
     @app.get("/passages/{passage_id:path}", responses={200: {"model": PassageModel}})
     async def passage(passage_id: str, alias: Name = None, version: Name = None) -> Response:
         """Return the passage with this id."""
-        return JSONResponse(await backend().passage(passage_id, alias, version))
+        return Json(await backend().passage(passage_id, alias, version))
 
 
 def _add_admin(app: FastAPI, backend: Callable[[], Backend]) -> None:
@@ -242,13 +250,13 @@ def _add_admin(app: FastAPI, backend: Callable[[], Backend]) -> None:
     async def promote(asked: PromoteRequest, request: Request) -> Response:
         """Point an alias to another version, on every replica, if the version passes the gate."""
         check_right(request)
-        return JSONResponse(await backend().promote(asked.alias, asked.version, asked.force))
+        return Json(await backend().promote(asked.alias, asked.version, asked.force))
 
     @app.post("/admin/rollback", responses={200: {"model": AliasMoved}})
     async def rollback(asked: RollbackRequest, request: Request) -> Response:
         """Point an alias back to its previous version."""
         check_right(request)
-        return JSONResponse(await backend().rollback(asked.alias))
+        return Json(await backend().rollback(asked.alias))
 
 
 def _handle_errors(app: FastAPI) -> None:

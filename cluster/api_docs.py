@@ -76,7 +76,7 @@ def _document(app: FastAPI, config: ServeConfig) -> dict[str, Any]:
             "200": answer,
             **{str(status): _refusal(status) for status in sorted(statuses)},
         }
-        if {401, 403} & statuses:
+        if 403 in statuses:
             operation["security"] = [{"bearer": []}, {"header": []}]
     return told
 
@@ -93,10 +93,10 @@ def _statuses(path: str, method: str, operation: dict[str, Any], config: ServeCo
     if path != "/health":
         statuses |= {503}
     if path not in ("/health", "/ready"):
-        statuses |= {401, 403} if config.require_key or path.startswith("/admin/") else set()
+        statuses |= {403} if config.require_key or path.startswith("/admin/") else set()
         statuses |= {429} if config.rate_per_second else set()
-    elif config.require_key or config.admin_routes:
-        statuses |= {401}  # a key that is sent has to be good
+    if config.require_key or config.admin_routes:
+        statuses |= {401}  # a key that is sent has to be good, wherever it is sent
     if method == "post":
         statuses |= {400, 408, 413, 415, 422}
     if operation.get("parameters"):

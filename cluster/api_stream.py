@@ -6,10 +6,11 @@ switch in the middle does not mix two vector spaces in one batch.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
+
+from pydantic_core import to_json
 
 from cluster.access import Call
 from cluster.api_models import BatchRequest, SearchRequest, check_query
@@ -51,8 +52,7 @@ class Batch:
 
     def _line(self, index: int, outcome: Outcome) -> bytes:
         told = {"error": outcome.content(self.call.request_id)} if isinstance(outcome, Problem) else outcome
-        line = json.dumps({"index": index, **told}, ensure_ascii=False)
-        return line.encode("utf-8", "backslashreplace") + b"\n"
+        return to_json({"index": index, **told}) + b"\n"
 
     async def _group(self, start: int) -> list[Outcome]:
         outcomes: dict[int, Outcome] = {}

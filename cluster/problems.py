@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic_core import to_json
 from starlette.responses import Response
 
 from pipelines.errors import AccessError, ArtifactError, BusyError, ConfigError, InputError, PinakesError, QualityError
@@ -38,7 +38,9 @@ class Problem(Exception):
 
     def __init__(self, status: int, detail: str, reason: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(detail)
-        self.status, self.detail, self.reason, self.headers = status, detail, reason, dict(headers or {})
+        # A detail may repeat what was sent, and that may be no text at all: half a surrogate pair.
+        self.detail = detail.encode("utf-8", "backslashreplace").decode()
+        self.status, self.reason, self.headers = status, reason, dict(headers or {})
 
     def content(self, request_id: str) -> dict[str, Any]:
         """Return the members of the problem's JSON."""
@@ -46,9 +48,7 @@ class Problem(Exception):
         return {"type": f"/docs#problem-{self.status}", **told, "instance": f"urn:pinakes:request:{request_id}"}
 
     def response(self, request_id: str) -> Response:
-        # What callers sent can be no text at all (half a surrogate pair), and the detail may repeat it.
-        data = json.dumps(self.content(request_id), ensure_ascii=False).encode("utf-8", "backslashreplace")
-        return Response(data, self.status, self.headers, MEDIA_TYPE)
+        return Response(to_json(self.content(request_id)), self.status, self.headers, MEDIA_TYPE)
 
 
 def busy(detail: str, reason: str, retry_seconds: float, status: int = 503) -> Problem:

@@ -6,9 +6,9 @@ import http.client
 import json
 import random
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from time import monotonic, sleep
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -72,7 +72,7 @@ class Transport:
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
         """Return a good answer with its body unread, after as many tries as the time allows."""
         body = None if content is None else json.dumps(content).encode()
-        deadline, tries = time.monotonic() + self.timeout, 0
+        deadline, tries = monotonic() + self.timeout, 0
         while True:
             connection, response = self._send(method, path, body, deadline)
             if response.status < 300:
@@ -82,9 +82,9 @@ class Transport:
             # A little later than was said, and not at the same moment as everybody else who was told so.
             tries += 1
             wait = max(getattr(error, "retry_seconds", 0.0), 0.05 * 2**tries) * (1 + random.random() / 4)
-            if not isinstance(error, BusyError) or time.monotonic() + wait > deadline:
+            if not isinstance(error, BusyError) or monotonic() + wait > deadline:
                 raise error
-            time.sleep(wait)
+            sleep(wait)
 
     def _send(
         self, method: str, path: str, body: bytes | None, deadline: float
@@ -95,7 +95,7 @@ class Transport:
                 connection = self._idle.pop() if self._idle else None
             fresh = connection is None
             connection = connection or self._kind(self._host, self._port)
-            connection.timeout = max(0.001, deadline - time.monotonic())
+            connection.timeout = max(0.001, deadline - monotonic())
             if connection.sock is not None:
                 connection.sock.settimeout(connection.timeout)
             try:

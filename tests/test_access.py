@@ -77,7 +77,16 @@ def test_without_a_key_only_what_tells_nothing_is_open(keyed: Callable[..., Test
         assert client.get(path).status_code == 200
     assert client.get("/ready").json() == {"ready": True}
     assert "aliases" in client.get("/ready", headers=bearer(key)).json()
-    for path in ("/aliases", "/versions", "/metrics", "/passages/p1", "/reports/cats/x", "/nowhere", "//", "/%2e/"):
+    for path in (
+        "/aliases",
+        "/versions",
+        "/metrics",
+        "/passages/p1",
+        "/reports/cats/x",
+        "/nowhere",
+        "/%2e/",
+        "/health/",
+    ):
         assert client.get(path).status_code == 401, path
     assert client.get("/metrics", headers=bearer(file.create("b", ["admin"])[0])).status_code == 401  # not known yet
 

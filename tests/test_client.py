@@ -52,7 +52,7 @@ def url(backend: LocalBackend) -> Iterator[str]:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds that a client meant to wait; it does not."""
     told: list[float] = []
-    monkeypatch.setattr(client_transport.time, "sleep", told.append)
+    monkeypatch.setattr(client_transport, "sleep", told.append)
     return told
 
 
@@ -175,7 +175,8 @@ def test_keys_are_sent_and_missed(local_root: str, tmp_path: Path) -> None:
     backend, file = LocalBackend(local_root, ["cats"], config), KeyFile(str(tmp_path / "keys.json"))
     key, _ = file.create("a")
     with served(build_api(lambda: backend, config, file)) as url:
-        assert Client(url, key).search("x").hits
+        with Client(url, key) as client:
+            assert client.search("x").hits
         for wrong in (None, key[:-1] + "~"):
             with pytest.raises(AccessError), Client(url, wrong) as client:
                 client.search("x")
@@ -189,8 +190,9 @@ def test_threads_share_a_client(url: str) -> None:
 
 
 def test_an_application_may_be_mounted_below_a_path(backend: LocalBackend) -> None:
-    with served(Starlette(routes=[Mount("/find", build_api(lambda: backend, CONFIG))])) as url:
-        assert Client(f"{url}/find/").search(TEXTS[2], k=1).hits[0].passage.id == "p2"
+    app = Starlette(routes=[Mount("/find", build_api(lambda: backend, CONFIG))])
+    with served(app) as url, Client(f"{url}/find/") as client:
+        assert client.search(TEXTS[2], k=1).hits[0].passage.id == "p2"
 
 
 def test_the_command_asks_a_server(url: str) -> None:
