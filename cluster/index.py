@@ -23,6 +23,8 @@ from pipelines.index.tune import HeldOut, Params, Trial, tune
 from pipelines.manifest import Receipt, find_finished
 from pipelines.retrieve import LocalShard
 
+_QUICK_WRITE_SECONDS = 5.0  # what is written into a version's own folder, not moved there, is small and soon in place
+
 
 def build_version(
     root: str,
@@ -41,6 +43,7 @@ def build_version(
     """
     plan = replace(build.plan_build(root, config, snapshot, embedded, largest_node_cpus()), forecast=forecast)
     if published := find_finished(plan.store, "version", plan.work):
+        plan.store.sweep_temporaries(_QUICK_WRITE_SECONDS)
         publish.check_recall(plan, published)
         with progress.stage("index", len(plan.shards)) as stage:
             stage.advance(len(plan.shards), reused=True, rows=plan.num_rows)
@@ -73,6 +76,7 @@ def _build(plan: BuildPlan, progress: Progress, questions: str | None) -> dict[s
         content["forecast"] = compare(plan.forecast, content, progress.stages)
     with progress.stage("publish", 1) as stage:
         manifest = publish.publish(plan, content)
+        plan.store.sweep_temporaries(_QUICK_WRITE_SECONDS)
         stage.advance()
     return manifest
 

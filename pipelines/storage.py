@@ -138,7 +138,7 @@ class Store:
     def put_file(self, name: str, local_path: str) -> None:
         """Put the local file in place under `name`, whole or not at all; the local file may be moved away."""
         if self.is_local:
-            self._try("write", name, lambda: self._rename_in(name, lambda temp: _move(local_path, temp)))
+            self._try("write", name, lambda: self._move_in(name, local_path))
         else:
             self._try("write", name, lambda: self.fs.put_file(local_path, self.path(name)))
 
@@ -246,12 +246,12 @@ class Store:
             if not self.is_local or not os.path.exists(self.root):
                 return
 
-    def sweep_temporaries(self) -> None:
-        """Remove the temporary files that killed writers left behind more than an hour ago."""
+    def sweep_temporaries(self, age_seconds: float = _STALE_TEMP_SECONDS) -> None:
+        """Remove the temporary files that killed writers left behind: older than anybody could still be writing."""
         if self.is_local:
             for name in self.files(".tmp-"):
                 with contextlib.suppress(OSError):
-                    if time.time() - os.stat(self.path(name)).st_mtime > _STALE_TEMP_SECONDS:
+                    if time.time() - os.stat(self.path(name)).st_mtime > age_seconds:
                         os.unlink(self.path(name))
 
     # Inside
@@ -263,6 +263,17 @@ class Store:
             _sync_folder(os.path.dirname(self.path(name)))
 
         self._with_temp(name, into_place)
+
+    def _move_in(self, name: str, local_path: str) -> None:
+        os.makedirs(os.path.dirname(self.path(name)), exist_ok=True)
+        _sync_file(local_path)
+        try:
+            os.replace(local_path, self.path(name))
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            self._rename_in(name, lambda temp: _copy(local_path, temp))
+        _sync_folder(os.path.dirname(self.path(name)))
 
     def _with_temp(self, name: str, use: Callable[[str], None]) -> None:
         folder = os.path.dirname(self.path(name))
@@ -350,15 +361,13 @@ def _write_bytes(path: str, data: bytes) -> None:
         os.fsync(handle.fileno())
 
 
-def _move(source: str, target: str) -> None:
-    """Move `source` to `target` (same folder as the final name), copying across file systems, and sync it."""
-    try:
-        os.rename(source, target)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        shutil.copyfile(source, target)
-    with open(target, "rb") as handle:
+def _copy(source: str, target: str) -> None:
+    shutil.copyfile(source, target)
+    _sync_file(target)
+
+
+def _sync_file(path: str) -> None:
+    with open(path, "rb") as handle:
         os.fsync(handle.fileno())
 
 

