@@ -12,6 +12,7 @@ All conditions of an object have to hold. A passage without the field satisfies 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -137,7 +138,7 @@ def _checked(name: str, kind: str, value: Any) -> Any:
         return value
     elif kind == "int" and is_number and value == value // 1 and _LEAST_INT <= value <= _MOST_INT:
         return int(value)
-    elif kind == "float" and is_number and abs(value) < 2**1023:
+    elif kind == "float" and is_number and abs(value) <= sys.float_info.max:
         return float(value)
     raise _refused(f"{name!r} is compared with {_shown(value)}", _EXPECTED[kind])
 

@@ -136,11 +136,13 @@ class LocalBackend:
         return self.opened[name, chosen]
 
 
-def build_root(folder: Path, checkpoint: str, rows: Sequence[dict[str, Any]] = (), **index: Any) -> str:
+def build_root(
+    folder: Path, checkpoint: str, rows: Sequence[dict[str, Any]] = (), metadata: Sequence[Any] = (), **index: Any
+) -> str:
     """Build, publish and promote a version under the alias `cats`; return its root.
 
-    rows: {"id", "title", "text"} each; by default TEXTS, with the ids p0, p1, …. index: keys of IndexConfig. Called
-    again, it adds a version to the root.
+    rows: {"id", "title", "text"} each; by default TEXTS, with the ids p0, p1, …. metadata: as in CorpusConfig. index:
+    keys of IndexConfig. Called again, it adds a version to the root.
     """
     folder.mkdir(parents=True, exist_ok=True)
     content = rows or [{"id": f"p{i}", "title": "", "text": text} for i, text in enumerate(TEXTS)]
@@ -148,7 +150,9 @@ def build_root(folder: Path, checkpoint: str, rows: Sequence[dict[str, Any]] = (
     source.write_text("".join(json.dumps(row) + "\n" for row in content))
     root, config = str(folder / "root"), IndexConfig(**{"name": "cats", "recall_queries": 4, **index})
     with _in_this_process():
-        snapshot = ingest(root, CorpusConfig(name="cats", sources=[str(source)]), Progress(True))
+        snapshot = ingest(
+            root, CorpusConfig(name="cats", sources=[str(source)], metadata=list(metadata)), Progress(True)
+        )
         embedded = _encode(root, snapshot, EncoderConfig(checkpoint=checkpoint, compute="fp32", storage="fp32"))
         version = build_version(root, config, snapshot, embedded, Progress(True))["version"]
     publish.promote(root, config.name, version)
