@@ -321,6 +321,21 @@ def test_nothing_overflows_on_a_phone(page: Page, compared: str) -> None:
         assert page.run("return document.documentElement.scrollWidth") <= 360
 
 
+def test_the_policy_lets_no_other_script_or_style_run(page: Page) -> None:
+    page.open()
+    for tag, text in (("script", "document.title = 'owned'"), ("style", "body { display: none }")):
+        page.run(
+            "const n = document.createElement(arguments[0]); n.textContent = arguments[1]; document.body.append(n)",
+            *(tag, text),
+        )
+    assert page.driver.title == "Pinakes"
+    assert page.one("#q").is_displayed()
+    refused = [entry["message"] for entry in page.driver.get_log("browser")]
+    assert len(refused) == 2
+    assert all("Content Security Policy" in message for message in refused)
+    assert "unsafe" not in search_page().policy
+
+
 def test_the_page_needs_nothing_but_itself() -> None:
     text = search_page().html.decode()
     parts = list((Path(__file__).resolve().parents[1] / "cluster" / "page").iterdir())
