@@ -20,7 +20,7 @@ from pipelines.errors import CheckpointError, ConfigError
 from pipelines.models.base import Tokens
 from pipelines.models.tokens import flatten, micro_batches, pad
 from pipelines.storage import Store
-from tests.checkpoints import write_dpr, write_sentence_transformer
+from tests.checkpoints import write_dpr, write_paq, write_sentence_transformer
 
 
 @given(lengths=st.lists(st.integers(0, 300), max_size=200), budget=st.integers(1, 1000))
@@ -84,6 +84,20 @@ def test_vectors_do_not_depend_on_batching_or_order(checkpoint: str) -> None:
     np.testing.assert_allclose(one_by_one, whole, atol=1e-5)
     np.testing.assert_allclose(backwards, whole, atol=1e-5)
     assert whole.shape == (len(TEXTS), spec.dim)
+
+
+@pytest.mark.parametrize("layout", ["sentence-transformers", "dpr", "paq"])
+def test_the_large_families_compute_no_padding(layout: str, tmp_path: Path) -> None:
+    directory, other = str(tmp_path / "model"), None
+    if layout == "dpr":
+        write_dpr(directory, "passage")
+        other = write_dpr(str(tmp_path / "query"), "query")
+    else:
+        (write_paq if layout == "paq" else write_sentence_transformer)(directory)
+    spec = resolve(EncoderConfig(checkpoint=directory, query_checkpoint=other, compute="fp32"))
+    encoder = Encoder(spec, "passage")
+    encoder.encode_passages([""] * len(TEXTS), TEXTS)
+    assert encoder.computed_tokens == encoder.tokeniser.passages([""] * len(TEXTS), TEXTS).lengths.sum()
 
 
 def test_the_fingerprint_follows_what_changes_vectors_and_nothing_else(checkpoint: str, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 _NAME = "pinakes_packed"
 # Families whose layers look at nothing but positions, attention and single tokens. Anything new is tried first.
-_PACKABLE = ("albert", "bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta")
+_PACKABLE = ("albert", "bert", "camembert", "distilbert", "dpr", "electra", "roberta", "xlm-roberta")
 _AFTER_PADDING = ("camembert", "roberta", "xlm-roberta")  # their positions start behind the padding id
 _SCORES = 400_000  # attention scores at once on a CPU: what fits a core's second-level cache
 _TRIAL_LENGTHS = (5, 9, 9, 3)  # of the texts tried when a model is loaded; two are alike
