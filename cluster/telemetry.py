@@ -76,9 +76,12 @@ class Metrics:
 
 
 def open_log() -> None:
-    """Send the lines to stderr, unless the process has set the logger `pinakes.access` up otherwise."""
+    """Send the lines to stderr, unless the process has set the logger `pinakes.access` up otherwise.
+
+    To the process's own stderr: Ray Serve's stand-in walks the stack for each line, which takes longer than an answer.
+    """
     if not _log.handlers:
-        handler = logging.StreamHandler(sys.stderr)
+        handler = logging.StreamHandler(sys.__stderr__)
         handler.setFormatter(logging.Formatter("%(message)s"))
         _log.addHandler(handler)
         _log.setLevel(logging.INFO)
