@@ -78,6 +78,22 @@ def test_the_query_words_are_marked(page: Page) -> None:
     assert marked == {"feed", "animal", "animals"}
 
 
+@pytest.mark.parametrize(
+    ("query", "text", "found"),
+    [
+        ("where is the 動物園", "上野動物園は東京にある", ["動物園"]),
+        ("パンダはどこ", "上野のパンダは人気", ["パンダ"]),
+        ("हिन्दी भाषा", "यह हिन्दी है।", ["हिन्दी"]),
+        ("C++ (a|b) [x", "c++ and (a|b) ab", []),
+        ("what are animals", "an animal, ANIMALS, animalistic", ["animal", "ANIMALS"]),
+    ],
+)
+def test_words_are_found_in_any_script(page: Page, query: str, text: str, found: list[str]) -> None:
+    page.open()
+    script = "const p = termPattern(arguments[0]); return p ? [...arguments[1].matchAll(p)].map((m) => m[0]) : []"
+    assert page.run(script, query, text) == found
+
+
 def test_hostile_text_is_shown_as_text(page: Page, backend: ScriptedBackend) -> None:
     page.open(f"?q={quote(HOSTILE + ' markup')}&with=demo/v2&answer=1&filter={quote(json.dumps({HOSTILE: 1}))}")
     assert page.one("#q").get_attribute("value") == HOSTILE + " markup"

@@ -47,6 +47,8 @@ def test_two_versions_stand_side_by_side(page: Page, backend: ScriptedBackend) -
     assert page.text("#status") == "4 of 5 passages shared"
     assert [asked.get("version") for asked in backend.asked] == [None, "v2"]
     assert page.texts("thead th.side") == ["demo v1", "demo v2"]
+    edited = [text.split(" · ")[0] for text in page.texts("td .id") if "differs between the two" in text]
+    assert edited == ["zoo.Cage.open", "zoo.Cage.open"]
     links = [node.get_attribute("href") for node in page.all("thead a")]
     assert links == [f"{page.url}/reports/demo/v1", f"{page.url}/reports/demo/v2"]
 

@@ -112,13 +112,25 @@ function hitNode(hit, rank, pattern, answer) {
 
 // The query's words in the text
 
+const UNSPACED = /[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Thai}\p{Script=Lao}\p{Script=Khmer}\p{Script=Myanmar}]/u;
+
 /** Return a regular expression that finds the query's telling words, plural or not; null when it has none. */
 function termPattern(query) {
-  const words = query.toLowerCase().match(/[\p{L}\p{N}]{2,}/gu) || [];
-  const stems = words.filter((word) => !COMMON.has(word)).map((word) => word.length > 4 ? word.replace(/(ing|ed|es|s)$/u, "") : word);
-  const longestFirst = [...new Set(stems)].sort((a, b) => b.length - a.length);
-  if (!longestFirst.length) return null;
-  return new RegExp(`(?<![\\p{L}\\p{N}])(?:${longestFirst.join("|")})(?:\\p{L}{0,3})(?![\\p{L}\\p{N}])`, "giu");
+  const words = query.toLowerCase().match(/[\p{L}\p{M}\p{N}]{2,}/gu) || [];
+  const inside = words.filter((word) => UNSPACED.test(word)).flatMap(segmentsOf);
+  const apart = words.filter((word) => !UNSPACED.test(word) && !COMMON.has(word))
+    .map((word) => word.length > 4 ? word.replace(/(ing|ed|es|s)$/u, "") : word);
+  const anyOf = (terms) => `(?:${[...new Set(terms)].sort((a, b) => b.length - a.length).join("|")})`;
+  const sought = [];
+  if (apart.length) sought.push(`(?<![\\p{L}\\p{M}\\p{N}])${anyOf(apart)}[\\p{L}\\p{M}]{0,3}(?![\\p{L}\\p{M}\\p{N}])`);
+  if (inside.length) sought.push(anyOf(inside));
+  return sought.length ? new RegExp(sought.join("|"), "giu") : null;
+}
+
+/** Return the words of a text in a script that writes them without spaces, those of a few kana aside: they tell little. */
+function segmentsOf(text) {
+  const words = Intl.Segmenter ? [...new Intl.Segmenter("und", { granularity: "word" }).segment(text)].map(({ segment }) => segment) : [text];
+  return words.filter((word) => !/^\p{Script=Hiragana}{1,2}$/u.test(word));
 }
 
 /** Return the text as nodes, the query's words in <mark>, and the answer's span too ({start, end}, in characters). */
