@@ -27,7 +27,7 @@ from pipelines.evaluate import read_questions
 from pipelines.index.candidates import Candidate, candidates, default_lists
 from pipelines.index.forecast import Forecast, Limits, Scale, choose, extrapolate
 from pipelines.index.pilot import NEAR, Lists, Measured, Pilot, find_lists, measure, num_lists
-from pipelines.index.spec import parse_spec
+from pipelines.index.spec import IndexSpec, parse_spec
 from pipelines.index.tune import HeldOut
 from pipelines.manifest import fingerprint, has_manifest, read_manifest
 from pipelines.schema import FORMAT_VERSION
@@ -123,17 +123,38 @@ def _measured(
         pilot, read_seconds = _make_pilot(plan, questions, target)
         able = [(c, s) for c in found if (s := parse_spec(c.factory, plan.dim, plan.metric)).min_train_rows
                 <= len(pilot.row_S)]  # fmt: skip
-        wanted = sorted({num_lists(spec) for _, spec in able} - {0})
         threads = plan.num_threads
+        wanted = sorted({num_lists(spec) for _, spec in able} - {0})
         lists = {n: run_task(find_lists, pilot.sample_SD, n, plan.metric, pilot.seed, threads, num_cpus=threads)
                  for n in wanted}  # fmt: skip
         stage.advance(len(found) - len(able))
-        told = []
-        # A node tries one candidate at a time: what it measures are seconds.
-        for position, one in run_tasks(_measure_task, able, pilot, lists, threads, num_cpus=threads):
-            told.append((position, _forecast(one, able[position][0], plan, config, read_seconds)))
-            stage.advance()
-    return [forecast for _, forecast in sorted(told, key=lambda pair: pair[0])]
+        told: dict[str, Forecast] = {}
+        for some in (_plain(able), _rotated(able)):
+            some = [(c, spec) for c, spec in some if not _is_needless(c, told)]
+            # A node tries one candidate at a time: what it measures are seconds.
+            for position, one in run_tasks(_measure_task, some, pilot, lists, threads, num_cpus=threads):
+                candidate = some[position][0]
+                told[candidate.factory] = _forecast(one, candidate, plan, config, read_seconds)
+                stage.advance()
+    return [told[c.factory] for c, _ in able if c.factory in told]
+
+
+Able = list[tuple[Candidate, IndexSpec]]
+_ROTATION = "OPQ"
+
+
+def _plain(able: Able) -> Able:
+    return [(c, spec) for c, spec in able if not c.factory.startswith(_ROTATION)]
+
+
+def _rotated(able: Able) -> Able:
+    return [(c, spec) for c, spec in able if c.factory.startswith(_ROTATION)]
+
+
+def _is_needless(candidate: Candidate, told: dict[str, Forecast]) -> bool:
+    """Tell whether the same codes keep the target as they are: finding a rotation takes longer than all the rest."""
+    front, _, plain = candidate.factory.partition(",")
+    return front.startswith(_ROTATION) and plain in told and told[plain].reached
 
 
 def _make_pilot(plan: BuildPlan, questions: str | None, target: float) -> tuple[Pilot, float]:
@@ -162,7 +183,9 @@ def _gather_task(plan: BuildPlan, near: Any, num_rows: int) -> tuple[Any, ...]:
     return vectors[~is_near][shuffled], rows[shuffled], vectors[is_near], near, time.perf_counter() - start
 
 
-def _measure_task(item: tuple[Candidate, Any], pilot: Pilot, lists: dict[int, Lists], num_threads: int) -> Measured:
+def _measure_task(
+    item: tuple[Candidate, IndexSpec], pilot: Pilot, lists: dict[int, Lists], num_threads: int
+) -> Measured:
     candidate, spec = item
     return measure(candidate, spec, pilot, lists.get(num_lists(spec)), num_threads)
 

@@ -52,10 +52,7 @@ def lists_section(lists: Mapping[str, Any]) -> Html:
     facts = [
         ("Lists", to_count(lists.get("num_lists"))),
         ("Rows in a list: smallest / median / largest", _spread(lists)),
-        (
-            "Imbalance, of rows read to rows read if all were equal",
-            f"{imbalance:,.2f}" if imbalance is not None else None,
-        ),
+        ("Rows read, to those of equal lists", f"{imbalance:,.2f}" if imbalance is not None else None),
     ]
     return join([bar_chart("list-sizes", "Lists by their rows", bars), to_facts("Lists", facts)])
 
