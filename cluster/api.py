@@ -119,9 +119,9 @@ def build_api(
     metrics, tracer = Metrics(), Tracer.from_environment()
     app.add_middleware(Access, config=config, keys=ring, metrics=metrics, tracer=tracer, tells_id=tells_id)
     _handle_errors(app)
-    _add_pages(app, backend)
-    _add_operations(app, backend, config, metrics)
     _add_search(app, backend, config, metrics)
+    _add_operations(app, backend, config, metrics)
+    _add_pages(app, backend)
     if config.admin_routes:
         _add_admin(app, backend)
     describe(app, config)

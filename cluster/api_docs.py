@@ -62,6 +62,7 @@ def _document(app: FastAPI, config: ServeConfig) -> dict[str, Any]:
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
     schemas["ProblemModel"] = ProblemModel.model_json_schema()
+    _tell_limits(schemas, config)
     told["components"]["securitySchemes"] = {
         "bearer": {"type": "http", "scheme": "bearer"},
         "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
@@ -79,6 +80,23 @@ def _document(app: FastAPI, config: ServeConfig) -> dict[str, Any]:
         if 403 in statuses:
             operation["security"] = [{"bearer": []}, {"header": []}]
     return told
+
+
+def _tell_limits(schemas: dict[str, Any], config: ServeConfig) -> None:
+    """Put this server's limits into the schemas of what it takes."""
+    search, batch = schemas["SearchRequest"], schemas["BatchRequest"]
+    search["oneOf"] = [{"required": ["query"]}, {"required": ["queries"]}]
+    # Neither may be null in what callers are told, so that "required" means what it says.
+    fields = {name: search["properties"][name] for name in ("query", "queries")}
+    for name, field in fields.items():
+        told = {key: value for key, value in field.items() if key != "anyOf"}
+        search["properties"][name] = {**told, **next(s for s in field["anyOf"] if s.get("type") != "null")}
+    text = {"type": "string", "minLength": 1, "maxLength": config.max_query_chars, "pattern": r"\S"}
+    search["properties"]["query"] |= text
+    search["properties"]["queries"] |= {"items": text, "maxItems": config.max_batch}
+    batch["properties"]["queries"]["maxItems"] = config.max_stream
+    for schema in (search, batch):
+        schema["properties"]["k"]["maximum"] = config.max_k
 
 
 def _operations(told: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
