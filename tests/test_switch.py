@@ -19,13 +19,15 @@ import yaml
 from cluster import jobs
 from cluster.progress import Progress
 from pipelines import publish
-from pipelines.config import ServeConfig, load_config
+from pipelines.config import load_config, parse_config
 from pipelines.encode import Encoder, resolve
 from pipelines.errors import ArtifactError
 from pipelines.retrieve import Retriever
 from tests.checkpoints import WORDS, write_dpr, write_paq
+from tests.local_backend import TEXTS
 from tests.test_pipeline import pinakes, pinakes_json
 from tests.test_serve import call
+from tests.two_versions import ALIAS, build_two
 
 _RNG = random.Random(5)
 PAIRS = [{"question": " ".join(_RNG.choices(WORDS, k=9)) + "?", "answer": [f"answer {i}"]} for i in range(120)]
@@ -46,12 +48,12 @@ def folder(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, name: str, num_shards: int = 2, **encoder: Any) -> dict[str, Any]:
+def run(folder: Path, name: str, **encoder: Any) -> dict[str, Any]:
     content = {
         "root": str(folder / "root"),
         "corpus": {"name": "paq", "sources": [str(folder / "paq.jsonl")], "part_size": 50},
         "encoder": {"compute": "fp32", "storage": "fp32", **encoder},
-        "index": {"name": name, "num_shards": num_shards, "recall_queries": 10},
+        "index": {"name": name, "num_shards": 2, "recall_queries": 10},
         "evaluate": {"questions": str(folder / "questions.jsonl"), "k": [1, 10]},
     }
     path = folder / "config.yaml"
@@ -85,7 +87,7 @@ def test_from_256_to_728_dimensions_and_back(folder: Path) -> None:
 
 
 class Callers:
-    """Threads that ask the pairs' questions one after the other; each answer is kept with its question's number."""
+    """Threads that ask one question after the other; each answer is kept with its question's number."""
 
     def __init__(self, address: str, number: int = 4) -> None:
         self.answers: list[tuple[int, int, Any]] = []
@@ -94,10 +96,10 @@ class Callers:
         self._asked = [self._pool.submit(self._ask, first) for first in range(number)]
 
     def _ask(self, first: int) -> None:
-        for number in itertools.islice(itertools.cycle(range(len(PAIRS))), first, None):
+        for number in itertools.islice(itertools.cycle(range(len(TEXTS))), first, None):
             if self._stop.is_set():
                 return
-            status, answer, _ = call(self._address, "/search", {"query": PAIRS[number]["question"], "k": 5})
+            status, answer, _ = call(self._address, "/search", {"query": TEXTS[number], "k": 5})
             self.answers.append((number, status, answer))
 
     def more(self, count: int = 20) -> None:
@@ -118,20 +120,23 @@ class Both:
     """Two versions of one index, of 256 dimensions in two shards and of 728 in three, and what each answers."""
 
     def __init__(self, folder: Path) -> None:
-        self.root, self.name = str(folder / "root"), "both"
-        made = run(folder, self.name, 2, checkpoint=str(folder / "paq256"))
-        self.narrow = made["version"]["version"]
-        self.wide = run(folder, self.name, 3, checkpoint=str(folder / "paq728"))["version"]["version"]
-        self.config = load_config(str(folder / "config.yaml"))
+        encoders = [write_paq(str(folder / f"paq{projection}"), projection) for projection in (256, 728)]
+        two = build_two(folder, encoders, (2, 3))
+        self.root, self.name, self.narrow, self.wide = two.root, ALIAS, two.old, two.new
         self.expected = {}
         for version in (self.narrow, self.wide):
-            retriever = Retriever(self.root, publish.read_version(self.root, self.name, version))
-            emb_BD = retriever.encoder.encode_queries([pair["question"] for pair in PAIRS])
-            self.expected[version] = retriever.search_vectors(emb_BD, 5)
+            retriever = Retriever(self.root, two.manifest(version))
+            self.expected[version] = retriever.search_vectors(retriever.encoder.encode_queries(TEXTS), 5)
 
     def serving(self, port: int, **settings: Any) -> Any:
-        settings = {"port": port, "replicas": 2, "follow_seconds": 0.2, **settings}
-        return jobs.serving(self.config.model_copy(update={"serve": ServeConfig(**settings)}))
+        content = {
+            "root": self.root,
+            "corpus": {"sources": ["-"]},
+            "encoder": {"checkpoint": "-"},
+            "index": {"name": self.name},
+            "serve": {"port": port, "replicas": 2, "follow_seconds": 0.2, **settings},
+        }
+        return jobs.serving(parse_config(content))
 
     def check(self, answers: list[tuple[int, int, Any]]) -> set[str]:
         """See that nobody failed, and that each answer is that of the version it names; return the versions."""
@@ -148,8 +153,8 @@ class Both:
 
 
 @pytest.fixture(scope="module")
-def both(folder: Path) -> Iterator[Both]:
-    yield Both(folder)
+def both(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
+    yield Both(tmp_path_factory.mktemp("both"))
     from ray import serve
 
     serve.shutdown()
@@ -166,7 +171,7 @@ def test_switching_under_load_fails_nobody_and_mixes_nothing(both: Both, port: i
     with both.serving(port, placement=placement) as address:
         callers = Callers(address)
         for _ in range(3):
-            switched = pinakes_json("promote", both.name, both.wide, "--root", both.root, "--max-quality-loss", "1")
+            switched = pinakes_json("promote", both.name, both.wide, "--root", both.root)
             assert (switched["current"], switched["replicas"]) == (both.wide, 2)
             assert both.versions_now(address) == {both.wide}
             callers.more()

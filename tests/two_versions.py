@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,15 @@ class TwoVersions:
         return {"current": version, "previous": other, "history": [{}] * moves}
 
 
-def build_two(folder: Path, **index: Any) -> TwoVersions:
-    """Build both; index: keys of the IndexConfig of the newer one."""
-    narrow = write_sentence_transformer(str(folder / "narrow"), 16, seed=1)
-    wide = write_sentence_transformer(str(folder / "wide"), 32, seed=2)
-    root = build_root(folder, narrow, num_shards=1)
+def build_two(folder: Path, checkpoints: Sequence[str] = (), shards: tuple[int, int] = (1, 3)) -> TwoVersions:
+    """Build both. checkpoints: the older's and the newer's encoder, if not two tiny ones. shards: of each."""
+    narrow, wide = checkpoints or (
+        write_sentence_transformer(str(folder / "narrow"), 16, seed=1),
+        write_sentence_transformer(str(folder / "wide"), 32, seed=2),
+    )
+    root = build_root(folder, narrow, num_shards=shards[0])
     old = publish.current(root, ALIAS)
-    build_root(folder, wide, **{"num_shards": 3, **index})
+    build_root(folder, wide, num_shards=shards[1])
     return TwoVersions(root, old, publish.current(root, ALIAS))
 
 
