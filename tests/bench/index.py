@@ -26,7 +26,7 @@ from typing import Any
 from tests.bench.common import keep, kept, need_data
 from tests.bench.encode_jobs import Row, compare, judge, module, run_job
 from tests.bench.index_data import Data, Result
-from tests.bench.index_recall import Small
+from tests.bench.index_recall import TOPIC_TARGET, Small
 from tests.bench.index_recall import seeds as count_seeds
 from tests.bench.index_recall import topic as measure_topic
 
@@ -172,9 +172,10 @@ def topic(options: Options) -> Result:
     found = measure_topic(options.data, f"IVF{options.sizes.lists},SQ8")
     for name in ("random sample", "first rows"):
         print(f"  trained on {found['train_rows']:,} rows, {name}: {found[name]}")
-    scanned = [found[name]["vectors_scanned"] for name in ("random sample", "first rows")]
-    print(f"  the same recall is had by looking at {scanned[0]:,} vectors a query instead of {scanned[1]:,}")
-    return {**found, "ok": scanned[0] <= scanned[1]}
+    ours, first = found["random sample"], found["first rows"]
+    instead = f"instead of {first['vectors_scanned']:,}" if first["reached"] else "and the first rows never reach it"
+    print(f"  recall@10 {TOPIC_TARGET} takes {ours['vectors_scanned']:,} vectors a query, {instead}")
+    return {**found, "ok": ours["reached"] and ours["vectors_scanned"] <= first["vectors_scanned"]}
 
 
 SECTIONS: dict[str, Callable[[Options], Result]] = {

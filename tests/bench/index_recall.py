@@ -124,7 +124,7 @@ def _curve(index: Any, unseen: HeldOut) -> Result:
     scanned = _mean_scanned(ivf, unseen.queries_QD, best.params["nprobe"])
     return {"recall_at_nprobe": curve, "imbalance": round(ivf.invlists.imbalance_factor(), 3),
             "nprobe_for_target": best.params["nprobe"], "recall_there": round(best.recall, 4),
-            "vectors_scanned": round(scanned)}  # fmt: skip
+            "vectors_scanned": round(scanned), "reached": tuned.reached}  # fmt: skip
 
 
 def _mean_scanned(ivf: Any, queries_QD: Array, nprobe: int) -> float:
