@@ -26,9 +26,11 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 _OPEN = {"/", "/health", "/ready", "/docs", "/openapi.json"}
 _ALWAYS = {"/health", "/ready", "/metrics"}
 _BODY_SECONDS = 30.0
+_MOST_DIGITS = 18
 _MAX_CALLERS = 10_000
 _GONE = 499
 """In logs and metrics alone: the caller did not wait for the answer (nginx made the number known)."""
@@ -170,7 +172,7 @@ class Access:
         if self.in_flight > self.config.max_ongoing and path not in _ALWAYS:
             raise busy(f"{self.config.max_ongoing} requests are under way", "in_flight", 1.0)
         if self.keys is not None:
-            await self._refresh(self.keys)
+            self._refresh(self.keys)
             call.key = self._key(self.keys, headers)
         self._check_scope(path, call.key)
         if self.limit and path not in _OPEN:
@@ -179,7 +181,7 @@ class Access:
             return receive
         return _replay(await self._body(headers, receive), receive)
 
-    async def _refresh(self, keys: KeyRing) -> None:
+    def _refresh(self, keys: KeyRing) -> None:
         """Read the keys again when they are due, on a thread, and without making this request wait for it."""
         if keys.stale and (self._reading is None or self._reading.done()):
             self._reading = asyncio.create_task(asyncio.to_thread(keys.refresh))
@@ -220,7 +222,7 @@ class Access:
             raise Problem(415, "send the header Content-Type: application/json", "media_type")
         most = self.config.max_body_bytes
         declared = headers.get("content-length", "0")
-        if declared.isdecimal() and int(declared) > most:
+        if declared.isdecimal() and (len(declared) > _MOST_DIGITS or int(declared) > most):
             raise _too_large(most)
         try:
             async with asyncio.timeout(_BODY_SECONDS):
@@ -231,7 +233,8 @@ class Access:
     def _record(self, method: str, headers: dict[str, str], call: Call) -> None:
         """Tell metrics, log and trace what became of a request."""
         seconds = call.seconds
-        self.metrics.request(call.route, method, call.status, seconds)
+        # Callers can think up methods; in metrics each would be kept for ever.
+        self.metrics.request(call.route, method if method in _METHODS else "other", call.status, seconds)
         if call.refused:
             self.metrics.refused(call.refused)
         if self.config.access_log:

@@ -280,6 +280,27 @@ def test_an_answer_that_breaks_off_is_cut_and_not_passed_off_as_whole() -> None:
     assert app.in_flight == 0
 
 
+def test_nothing_that_callers_think_up_grows_the_metrics() -> None:
+    metrics = Metrics()
+    app = Access(fine, ServeConfig(access_log=False), None, metrics)
+
+    async def ask() -> None:
+        for i in range(50):
+            await asked(app, {"method": f"ODD{i}", "path": f"/{i}", "headers": [(b"x-request-id", b"%d" % i)]})
+
+    asyncio.run(ask())
+    lines = [line for line in metrics.page({"versions": []}).decode().splitlines() if "requests_total{" in line]
+    assert len(lines) == 1
+    assert 'method="other"' in lines[0]
+
+
+def test_a_length_beyond_all_numbers_is_too_large() -> None:
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"9" * 5000)]
+    app = Access(fine, ServeConfig(access_log=False), None, Metrics())
+    status, _, body = asyncio.run(asked(app, {"method": "POST", "headers": headers}))
+    assert (status, json.loads(body)["type"]) == (413, "/docs#problem-413")
+
+
 def test_other_protocols_pass() -> None:
     seen: list[str] = []
 
