@@ -224,17 +224,21 @@ def test_sharded_search_equals_unsharded(served: Served, placement: str) -> None
     assert (status, "no reranker" in problem["detail"], "no reader" in unread["detail"]) == (422, True, True)
 
 
-def test_serve_command_stops_on_ctrl_c(served: Served, ray_cluster: str) -> None:
+def test_serve_command_is_found_by_promote_and_stops_on_ctrl_c(served: Served, ray_cluster: str) -> None:
     config = served.job.config("whole", num_shards=1)
     port = str(jobs.free_port())
+    alone = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     process = subprocess.Popen(
         [PINAKES, "serve", config, "--set", "index.name=cats1", "--set", f"serve.port={port}"],
-        stderr=subprocess.PIPE, text=True, env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
+        stderr=subprocess.PIPE, text=True, env=alone,
     )  # fmt: skip
     assert process.stderr is not None
     lines = iter(process.stderr.readline, "")
     assert any("curl -s" in line for line in lines), "the server never said that it serves"
     assert call(f"http://127.0.0.1:{port}", "/search", {"query": QUERIES[0]})[0] == 200
+    command = [PINAKES, "promote", "cats1", publish.current(served.root, "cats1"), "--root", served.root, "--json"]
+    promoted = subprocess.run(command, env=alone, check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert json.loads(promoted)["replicas"] == 1  # the server's cluster is found, by the word it left
     process.send_signal(signal.SIGINT)
     told = process.communicate()[1]
     assert process.returncode == 0, told
