@@ -67,7 +67,7 @@ def _build(plan: BuildPlan, progress: Progress, questions: str | None) -> dict[s
         for _, receipts in sorted(run_tasks(_passages_task, plan.shards, plan)):
             passages += receipts
             stage.advance(reused=all(r.reused for r in receipts), rows=receipts[0].facts["num_rows"])
-    files = [trained, *shards, *passages]
+    files = [trained, *shards, *passages, *_write_vectors(plan, progress)]
     content = publish.version_content(plan, files, None, {n: s["seconds"] for n, s in progress.stages.items()})
     content["build"] = plan.build
     _measure_recall(plan, content, progress, questions)
@@ -103,6 +103,18 @@ def _build_shards(plan: BuildPlan, trained: Receipt, progress: Progress) -> list
             done[work[position][0].number] = receipt
             stage.advance(reused=receipt.reused)
     return [done[shard.number] for shard in plan.shards]
+
+
+def _write_vectors(plan: BuildPlan, progress: Progress) -> list[Receipt]:
+    """Write what candidates are refined with, where the config asks for it."""
+    if plan.config.refine == "none":
+        return []
+    done = {}
+    with progress.stage("vectors", len(plan.shards)) as stage:
+        for position, receipt in run_tasks(_vectors_task, plan.shards, plan):
+            done[position] = receipt
+            stage.advance(reused=receipt.reused, rows=receipt.facts["num_rows"])
+    return [done[position] for position in sorted(done)]
 
 
 def _measure_recall(plan: BuildPlan, content: dict[str, Any], progress: Progress, questions: str | None) -> None:
@@ -183,6 +195,10 @@ def _merge_task(item: tuple[ShardPlan, list[Receipt]], plan: BuildPlan, trained:
 
 def _passages_task(shard: ShardPlan, plan: BuildPlan) -> list[Receipt]:
     return build.write_passages(plan, shard)
+
+
+def _vectors_task(shard: ShardPlan, plan: BuildPlan) -> Receipt:
+    return build.write_vectors(plan, shard)
 
 
 def _exact_task(rows: Rows, plan: BuildPlan, queries_BD: Any, k: int) -> Any:

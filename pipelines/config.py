@@ -94,6 +94,9 @@ class IndexConfig(Strict):
     name: Name = "index"
     factory: str = "Flat"
     """A FAISS factory string, or `auto`: the cheapest that a pilot on a sample finds to keep `min_recall`."""
+    refine: Literal["none", "exact"] = "none"
+    """exact: keep the vectors beside the codes, on disk as fp16, and let them decide among the candidates that the
+    codes find: `k_factor` of them for each hit."""
     metric: Literal["auto", "ip", "l2"] = "auto"
     """auto: inner product (cosine encoders give unit vectors, so it ranks them by cosine)."""
     num_shards: int | None = Field(default=None, ge=1)

@@ -22,6 +22,7 @@ from pipelines.filters import Filter, fields_of, mask, parse_filter
 from pipelines.index.among import Selection, Selections, search_among, select
 from pipelines.index.build import read
 from pipelines.index.search import merge_topk, search
+from pipelines.index.tiers import with_vectors
 from pipelines.publish import index_store, read_version
 from pipelines.schema import Hit, Passage
 from pipelines.storage import Store
@@ -53,7 +54,8 @@ class LocalShard:
         name = f"shard-{number:03d}.faiss"
         store = index_store(root, manifest["name"]).child(manifest["version"])
         entry = _file_entry(manifest, name)
-        self.index = read(store.local(name, entry["sha256"]), mmap=True)
+        codes, files = read(store.local(name, entry["sha256"]), mmap=True), manifest["files"]
+        self.index = with_vectors(codes, number, files, lambda name: store.local(name, files[name]["sha256"]))
         self.params, self.num_threads = manifest["search_params"], num_threads
         first, stop = entry.get("first_row", 0), entry.get("first_row", 0) + entry["num_rows"]
         self.unfit = np.array([r for r in manifest.get("quarantined", []) if first <= r < stop], np.int64)

@@ -14,7 +14,7 @@ from pipelines.storage import cache_dir
 
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
-_OF_A_SHARD = ("shard-", "passages-", "ids-")
+_OF_A_SHARD = ("shard-", "vectors-", "passages-", "ids-")
 _LOADED = 2.0  # of a checkpoint's bytes: fp16 files that compute in fp32 become twice as large
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from pipelines.evaluate import Z95
 from pipelines.index.build import read
 from pipelines.index.search import Hits, merge_topk, search
 from pipelines.index.structure import layers
+from pipelines.index.tiers import with_vectors
 from pipelines.retrieve import bound_encoder
 from pipelines.storage import Store
 from pipelines.verify import FAULTS, RE_ENCODE, REBUILD, Finding
@@ -199,9 +201,10 @@ def _search_again(
     k = min(recall.get("k", _K), manifest["num_rows"])
     hits, exact = [], True
     try:
-        for name in names:
-            index = read(local_path(root, manifest, name), mmap=True)
-            exact = exact and _is_exact(index)
+        for number, name in enumerate(names):
+            codes = read(local_path(root, manifest, name), mmap=True)
+            index = with_vectors(codes, number, manifest["files"], partial(local_path, root, manifest))
+            exact = exact and _is_exact(codes)
             hits.append(search(index, own_SD, k, manifest["search_params"]))
     except FAULTS as error:
         return [Finding.of("sample", error)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from pipelines.index.build import read
 from pipelines.index.identity import describe, is_mergeable, quantizer_digest
 from pipelines.index.search import check_params
 from pipelines.index.structure import ivf_of
+from pipelines.index.tiers import vectors_name, with_vectors
 from pipelines.publish import index_store
 from pipelines.schema import METADATA, PASSAGE
 from pipelines.storage import Store
@@ -31,13 +33,14 @@ def check_shard(number: int, root: str, manifest: dict[str, Any], bad: frozenset
     bad: names of the files whose checksum does not hold; they are not opened.
     """
     name = f"shard-{number:03d}.faiss"
-    if unread := bad & {name, TRAINED}:
+    if unread := bad & {name, vectors_name(number), TRAINED}:
         return [_not_opened("shards", name, unread)]
     where = _store(root, manifest).path(name)
     try:
         index = read(local_path(root, manifest, name), mmap=True)
         trained = read(local_path(root, manifest, TRAINED), mmap=True)
-        check_params(index, manifest["search_params"])
+        searched = with_vectors(index, number, manifest["files"], partial(local_path, root, manifest))
+        check_params(searched, manifest["search_params"])
         wrong = [fault for fault in _shard_faults(index, trained, manifest, name) if fault[1] != fault[2]]
     except FAULTS as error:
         return [Finding.of("shards", error)]

@@ -18,6 +18,7 @@ from pipelines.errors import InputError, QualityError
 from pipelines.index.build import add, train
 from pipelines.index.search import exact_topk, search
 from pipelines.index.spec import new_index, parse_spec
+from pipelines.index.tiers import TwoTier
 from pipelines.index.tune import HeldOut, Knob, Params, Trial, Tuned, knobs, tune
 from pipelines.publish import check_recall, list_versions, read_version
 from pipelines.retrieve import LocalShard
@@ -281,6 +282,8 @@ def test_a_build_tunes_to_its_target_over_all_shards_and_serves_what_it_found(jo
     easier = pinakes_json("index", job.config("t", min_recall=0.5, **wanted), *SENTENCES)
     assert easier["version"] != result["version"]
     assert easier["search_params"]["nprobe"] <= result["search_params"]["nprobe"]
+    stages = easier["stages"]  # its files are the first version's
+    assert [stages[stage]["made"] for stage in ("train", "add", "merge", "passages")] == [0, 0, 0, 0]
     given = job.config("t", search_params={"nprobe": 16}, **wanted)
     verified = pinakes_json("index", given, "--set", "index.min_recall=0.9", *SENTENCES)
     assert verified["recall"]["num_queries"] == 200
@@ -292,6 +295,20 @@ def test_a_build_tunes_to_its_target_over_all_shards_and_serves_what_it_found(jo
     assert "recall@10 is" in pinakes("index", narrow, "--set", "index.min_recall=0.99", *SENTENCES, code=7)
     flat = pinakes_json("index", job.config("t", min_recall=1.0), "--quiet")
     assert (flat["search_params"], flat["recall"]["value"]) == ({}, 1.0)
+
+
+def test_codes_that_miss_the_target_have_it_with_their_vectors_beside_them(job: Job) -> None:
+    wanted = {"factory": "IVF8,PQ4", "recall_queries": 100, "min_recall": 0.95, "refine": "exact"}
+    result = pinakes_json("index", job.config("r", **wanted), *SENTENCES)
+    assert list(result["search_params"]) == ["k_factor", "nprobe"]
+    assert result["recall"]["value"] >= 0.95
+    root = str(job.folder / "root")
+    shard = LocalShard(root, read_version(root, "cats", result["version"]), 1)
+    assert isinstance(shard.index, TwoTier)
+    assert shard.index.first_row == shard.first_row == result["files"]["vectors-001.npy"]["first_row"] > 0
+    own = np.asarray(shard.index.vectors_ND[:5], np.float32)
+    assert (shard.search(own, 1)[0][:, 0] >= np.einsum("nd,nd->n", own, own) - 1e-3).all()
+    assert pinakes_json("verify", result["version"], "--name", "cats", "--root", root)["state"] == "sound"
 
 
 def test_a_hopeless_target_is_refused_with_the_nearest_that_can_be_had(job: Job) -> None:

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from pipelines.errors import ArtifactError
 from pipelines.index.search import Hits, check_params, checked_queries, merge_topk, padded, parameters
 from pipelines.index.structure import layers, use_threads
+from pipelines.index.tiers import TwoTier, codes_of, split_params
 
 Array = npt.NDArray[Any]
 
@@ -83,6 +84,7 @@ def select(index: Any, mask_N: npt.NDArray[np.bool_], first_row: int) -> Selecti
 
     Raises ArtifactError when the mask does not fit the index.
     """
+    index = codes_of(index)
     if len(mask_N) != index.ntotal:
         raise ArtifactError(f"{len(mask_N)} rows to select from, but the index holds {index.ntotal}", where="select",
                             expected="one for each vector", hint="rebuild the version")  # fmt: skip
@@ -116,6 +118,10 @@ def search_among(
     """
     import faiss
 
+    if isinstance(index, TwoTier):
+        queries, (factor, rest) = checked_queries(queries_BD, index.d), split_params(check_params(index, params or {}))
+        _, row_BC = search_among(index.codes, selection, queries, math.ceil(k * factor), rest, num_threads)
+        return merge_topk([(index.rescore(queries, row_BC), row_BC)], k)
     use_threads(num_threads)
     queries = checked_queries(queries_BD, index.d)
     values = check_params(index, params or {})

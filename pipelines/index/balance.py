@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.index.structure import layers
+from pipelines.index.tiers import codes_of
 
 Sizes = npt.NDArray[np.int64]
 _SHARES = (1 / 4, 1 / 2, 1, 2, 4)  # of the mean size: where the bars of the histogram end
@@ -17,7 +18,7 @@ def list_sizes(index: Any) -> Sizes | None:
     """Return the rows (C,) int64 in each list of `index`, None for an index without lists."""
     import faiss
 
-    ivf = layers(index)[-1]
+    ivf = layers(codes_of(index))[-1]
     if not isinstance(ivf, faiss.IndexIVF):
         return None
     return np.asarray([ivf.invlists.list_size(n) for n in range(ivf.nlist)], np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -13,6 +14,7 @@ import numpy.typing as npt
 from pipelines.errors import ArtifactError, ConfigError, InputError
 from pipelines.index.spec import Metric
 from pipelines.index.structure import layers, nsg_of, use_threads
+from pipelines.index.tiers import FACTOR, TwoTier, split_params
 
 Array = npt.NDArray[Any]
 Hits = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
@@ -35,6 +37,8 @@ def search(
     """
     import faiss
 
+    if isinstance(index, TwoTier):
+        return _search_tiers(index, queries_BD, k, params or {}, num_threads)
     use_threads(num_threads)
     queries = checked_queries(queries_BD, index.d)
     values = check_params(index, params or {})
@@ -49,6 +53,18 @@ def search(
         distance_BK, row_BK = index.search(queries, depth, params=parameters(index, values))
     score_BK = distance_BK if faiss.is_similarity_metric(index.metric_type) else -distance_BK
     return merge_topk([(score_BK, row_BK)], k)
+
+
+def _search_tiers(
+    index: TwoTier, queries_BD: Array, k: int, params: Mapping[str, float], num_threads: int | None
+) -> Hits:
+    """Let the codes find candidates, a multiple of k, and their vectors decide."""
+    queries, (factor, rest) = checked_queries(queries_BD, index.d), split_params(params)
+    _check_value(FACTOR, factor)
+    _check_k(k)
+    depth = max(1, min(math.ceil(k * factor), index.ntotal))
+    _, row_BC = search(index.codes, queries, depth, rest, num_threads)
+    return merge_topk([(index.rescore(queries, row_BC), row_BC)], k)
 
 
 def merge_topk(parts: Sequence[Hits], k: int) -> Hits:
@@ -122,7 +138,7 @@ def parameter_names(index: Any) -> list[str]:
 
 def check_params(index: Any, params: Mapping[str, float]) -> dict[str, float]:
     """Return `params` when `index` takes them all. Raises ConfigError naming the valid names or the valid range."""
-    names = parameter_names(index)
+    names = [FACTOR, *parameter_names(index.codes)] if isinstance(index, TwoTier) else parameter_names(index)
     expected = ", ".join(names) or "no parameters: this type has none"
     for name, value in params.items():
         if name not in names:

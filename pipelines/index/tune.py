@@ -19,6 +19,7 @@ import numpy.typing as npt
 from pipelines.errors import InputError
 from pipelines.evaluate import Z95, recall_at, recall_half_width
 from pipelines.index.structure import layers
+from pipelines.index.tiers import FACTOR
 
 Rows = npt.NDArray[np.int64]
 Params = dict[str, int]
@@ -122,6 +123,11 @@ def knobs(index: Any, num_rows: int, k: int) -> list[Knob]:
             most = max(k, min(_WIDEST_WALK, num_rows))
             found.append(Knob(name, min(most, max(k, _FIRST_WALK)), most, _LINKS * _code_bytes(layer.storage)))
     return [knob for knob in found if knob.most > knob.least]
+
+
+def refinement_knob(dim: int, num_rows: int, k: int) -> Knob:
+    """Return the knob of candidates that are scored again by their fp16 vectors (see pipelines/index/tiers.py)."""
+    return Knob(FACTOR, 1, max(1, min(_MOST_CANDIDATES, num_rows // k)), _RANDOM_READ * k * 2 * dim)
 
 
 def tune(tunable: Sequence[Knob], measure: Callable[[Params], Trial], target: float) -> Tuned:

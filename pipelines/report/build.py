@@ -90,6 +90,9 @@ def _size_facts(manifest: Mapping[str, Any]) -> list[tuple[str, Any]]:
     if sizes and num_rows:
         plain = f", of {dim * 4:,.0f} as fp32" if dim else ""
         facts.append(("Index bytes a passage", f"{sum(sizes) / num_rows:,.1f}{plain}"))
+    vectors = sum(size_of(entry) for name, entry in files.items() if str(name).startswith("vectors-"))
+    if vectors:
+        facts.append(("Vectors to refine with, memory-mapped", to_bytes(vectors)))
     if passages:
         facts.append(("Passages, memory-mapped", to_bytes(passages)))
     memory = as_mapping(manifest.get("memory_bytes"))
