@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,10 @@ from cluster.api import build_api
 from pipelines import publish
 from pipelines.config import ServeConfig
 from pipelines.filters import parse_filter
+from pipelines.manifest import read_manifest
 from pipelines.retrieve import LocalShard, Retriever
+from pipelines.staging import corpus_store
+from pipelines.verify_shard import check_passages
 from tests.checkpoints import write_sentence_transformer
 from tests.local_backend import LocalBackend, build_root
 from tests.test_filters import FIELDS, FILTERS, fits
@@ -127,9 +129,12 @@ def test_the_command_filters(root: str, retrievers: dict[str, Retriever]) -> Non
     assert "did you mean 'lang'" in pinakes(*arguments, '{"lng": "en"}', code=2)
 
 
-def test_the_snapshot_says_what_it_carries(root: str) -> None:
-    (manifest,) = [
-        json.loads(path.read_text()) for path in Path(root, "corpora", "cats").glob("*/manifest.json")
-        if json.loads(path.read_text())["config"]["metadata"]
-    ]  # fmt: skip
-    assert [(f["name"], f["type"]) for f in manifest["config"]["metadata"]] == list(FIELDS.items())
+def test_the_snapshot_says_what_it_carries_and_verify_compares_it(root: str) -> None:
+    version = publish.read_version(root, "sharded")
+    snapshot = read_manifest(corpus_store(root, "cats").child(version["snapshot"]), "snapshot")
+    assert [(f["name"], f["type"]) for f in snapshot["config"]["metadata"]] == list(FIELDS.items())
+    for known in (snapshot, None):
+        assert {f.state for f in check_passages(1, root, version, frozenset(), known)} == {"ok"}
+    fewer = {**snapshot, "config": {**snapshot["config"], "metadata": snapshot["config"]["metadata"][1:]}}
+    (finding,) = check_passages(1, root, version, frozenset(), fewer)
+    assert (finding.state, "schema" in finding.what) == ("failed", True)
