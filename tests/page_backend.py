@@ -24,7 +24,7 @@ from cluster.api import SearchRequest
 from pipelines.config import ServeConfig
 from pipelines.errors import ArtifactError, BusyError
 
-WAIT_SECONDS = 20
+WAIT_SECONDS = 60
 HOSTILE = '<img src=x onerror="document.title=\'owned\'"><script>document.title="owned"</script>'
 LEAVES = "acacia leaves"
 PASSAGES = [
