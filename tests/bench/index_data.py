@@ -25,7 +25,7 @@ ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 K = 10
 NUM_GIVEN, NUM_UNSEEN = 1000, 2000  # questions
 _FEWEST_WORDS = 3
-_PART_SIZE = 16_384
+_PART_SIZE = 4096
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 Array = npt.NDArray[Any]
