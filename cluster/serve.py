@@ -7,6 +7,8 @@ shard deployments as the aliases' versions have shards, asked in parallel; both 
 themselves; several times as many requests a second go through it. Its limits: messages between deployments of at most
 4 MiB (a batch of hits times their number, with "spread" or a reranker), no TLS, and a port that is open on every
 interface of the machine, whatever `serve.host` says. The setting is of the Ray cluster, made before it starts.
+Requests that a gateway was working on when it was killed are asked again of another one; behind the Python proxy they
+fail with 500.
 """
 
 from __future__ import annotations

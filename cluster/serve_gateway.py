@@ -35,25 +35,6 @@ _MANY_HITS = 256  # more are fetched on a thread, so that other requests go on
 _FACTS = ("num_rows", "dim", "factory", "metric", "num_shards", "recall", "search_params", "created")
 
 
-class Replicas:
-    """All replicas of a gateway, as a fleet that switches together."""
-
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
-
-    async def prepare(self, alias: str, version: str) -> list[Any]:
-        return await self._all("prepare", alias, version)
-
-    async def activate(self, alias: str, state: dict[str, Any]) -> list[Any]:
-        return await self._all("activate", alias, state)
-
-    async def release(self, alias: str, version: str) -> None:
-        await self._all("release", alias, version)
-
-    async def _all(self, method: str, *arguments: Any) -> list[Any]:
-        return list(await self._handle.broadcast(method, *arguments).results_async(return_exceptions=True))
-
-
 @dataclass(frozen=True)
 class _Found:
     """Scores and rows (B, K), shards that did not answer, seconds by step, queries in the batch it was part of."""
@@ -249,9 +230,9 @@ class Gateway:
         self._check_alias(alias)
         return await switch.rollback(self._fleet(), self.root, alias)
 
-    def _fleet(self) -> Replicas:
+    def _fleet(self) -> switch.Replicas:
         context = serve.get_replica_context()
-        return Replicas(serve.get_deployment_handle(context.deployment, context.app_name))
+        return switch.Replicas(serve.get_deployment_handle(context.deployment, context.app_name))
 
     def _check_alias(self, alias: str) -> None:
         if alias not in self.versions.aliases:

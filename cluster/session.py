@@ -16,6 +16,9 @@ HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "
 """What the nodes' environment says where `serve.proxy` is "haproxy". Ray reads it when it starts, and when its Serve is
 imported."""
 
+HAPROXY_RETRIES = ("RAY_SERVE_HAPROXY_RETRY_ON", "conn-failure empty-response")
+"""Ask another replica when one dies before it has answered: searching twice does no harm. Without it, it is an error."""
+
 _results: TextIO | None = None
 
 
@@ -23,6 +26,7 @@ def choose_proxy(proxy: str) -> None:
     """Set what a cluster that this process starts needs for `serve.proxy`; before it starts, and Serve is imported."""
     if proxy == "haproxy":
         os.environ.update(HAPROXY)
+        os.environ.setdefault(*HAPROXY_RETRIES)
 
 
 @contextmanager

@@ -43,6 +43,25 @@ class Fleet(Protocol):
         ...
 
 
+class Replicas:
+    """The replicas of a deployment of Ray Serve, by its handle."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def prepare(self, alias: str, version: str) -> list[Any]:
+        return await self._all("prepare", alias, version)
+
+    async def activate(self, alias: str, state: dict[str, Any]) -> list[Any]:
+        return await self._all("activate", alias, state)
+
+    async def release(self, alias: str, version: str) -> None:
+        await self._all("release", alias, version)
+
+    async def _all(self, method: str, *arguments: Any) -> list[Any]:
+        return list(await self._handle.broadcast(method, *arguments).results_async(return_exceptions=True))
+
+
 class NoReplicas:
     """The fleet where no server is within reach: the version is loaded and tried in this process."""
 

@@ -38,7 +38,8 @@ def call(address: str, path: str, body: Any = None, method: str | None = None) -
             content, kind = response.read(), response.headers["Content-Type"]
             return response.status, json.loads(content) if "json" in kind else content.decode(), kind
     except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read()), error.headers["Content-Type"]
+        content, kind = error.read(), error.headers["Content-Type"] or ""
+        return error.code, json.loads(content) if "json" in kind else content.decode(), kind
 
 
 class Served:
