@@ -17,7 +17,7 @@ HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "
 imported."""
 
 HAPROXY_RETRIES = ("RAY_SERVE_HAPROXY_RETRY_ON", "conn-failure empty-response")
-"""Ask another replica when one dies before it has answered: searching twice does no harm. Without it, it is an error."""
+"""Ask another replica when one dies before it has answered, instead of failing: searching twice does no harm."""
 
 _results: TextIO | None = None
 
