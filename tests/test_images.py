@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.encode_workers import ImageEncoderActor, ImageReader
-from pipelines import corpus, embeddings
+from pipelines import corpus, embeddings, staging
 from pipelines.config import CorpusConfig, EncoderConfig, IndexConfig
 from pipelines.encode import Encoder, EncoderSpec, ImageEncoder, check_takes_images, resolve
 from pipelines.errors import CheckpointError, ConfigError, InputError
@@ -204,8 +204,8 @@ def test_bad_files_go_to_quarantine_with_the_reason(tmp_path: Path) -> None:
 
 
 def test_chunks_and_parts_stay_small(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "_CHUNK_BYTES", 1)
-    monkeypatch.setattr(corpus, "_IMAGES_IN_PART", 5)
+    monkeypatch.setattr(staging, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(staging, "_IMAGES_IN_PART", 5)
     plan = corpus.plan_ingest(CorpusConfig(sources=[folder]))
     staged = [corpus.stage_split(corpus.staging_store(str(tmp_path), plan), plan, split) for split in plan.splits]
     assert [rows for s in staged for _, rows in s.chunks] == [1] * len(GOOD)
