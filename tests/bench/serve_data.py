@@ -15,7 +15,12 @@ from typing import Any
 
 import yaml
 
-from tests.bench.common import need_data, pinakes, write_wiki
+from cluster import jobs
+from cluster.progress import Progress
+from cluster.session import session
+from pipelines import publish
+from pipelines.config import ClusterConfig, load_config
+from tests.bench.common import need_data, write_wiki
 from tests.checkpoints import write_paq
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -55,17 +60,41 @@ class Corpus:
     def config(self, name: str) -> str:
         return str(self.folder / f"{name}.yaml")
 
-    def build(self, name: str, index: str, checkpoint: str, **settings: Any) -> dict[str, Any]:
-        """Build and promote a version under config `name`; return its manifest. settings: of the `index` section."""
+    def build(self, index: str, checkpoints: dict[str, str], **shards: int) -> None:
+        """Build a version under each config name, and point the alias `index` to the last of them.
+
+        checkpoints: by config name. shards: their number, by config name, where it is not one.
+        """
+        names = list(checkpoints)
+        missing = [n for n in names if not self._find(n, self._content(index, checkpoints[n], shards.get(n, 1)))]
+        if missing:
+            with session(ClusterConfig()):
+                for name in missing:
+                    print(f"  building {name}", flush=True)
+                    made = jobs.run(load_config(self.config(name)), Progress(quiet=True))["version"]
+                    Path(self.folder, f"{name}.version").write_text(made["version"])
+        for name in names:
+            version = Path(self.folder, f"{name}.version").read_text()
+            self.versions[name] = publish.read_version(self.root, index, version)
+        publish.promote(self.root, index, self.versions[names[-1]]["version"])
+
+    def _content(self, index: str, checkpoint: str, num_shards: int) -> str:
         content = {
             "root": self.root,
             "corpus": {"name": "bench", "sources": self._sources(), "part_size": _PART_SIZE},
             "encoder": {"checkpoint": checkpoint},
-            "index": {"name": index, "factory": "Flat", "recall_queries": 100, **settings},
+            "index": {"name": index, "factory": "Flat", "recall_queries": 100, "num_shards": num_shards},
         }
-        Path(self.config(name)).write_text(yaml.safe_dump(content))
-        self.versions[name] = pinakes("run", self.config(name), "--quiet")["version"]
-        return self.versions[name]
+        return yaml.safe_dump(content)
+
+    def _find(self, name: str, content: str) -> bool:
+        """Tell whether the version of this very config was built; if not, write the config."""
+        config = Path(self.config(name))
+        if config.is_file() and config.read_text() == content and Path(self.folder, f"{name}.version").is_file():
+            return True
+        config.write_text(content)
+        Path(self.folder, f"{name}.version").unlink(missing_ok=True)
+        return False
 
     def paq(self, projection: int) -> str:
         """Return the directory of a tiny random encoder in PAQ's layout with vectors of that width."""

@@ -87,9 +87,7 @@ def _connect(url: str) -> http.client.HTTPConnection:
     return http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=_TIMEOUT_SECONDS)
 
 
-def _answer(
-    connection: http.client.HTTPConnection, asked: Asked, key: str | None
-) -> tuple[int, dict[str, str], bytes]:
+def _answer(connection: http.client.HTTPConnection, asked: Asked, key: str | None) -> tuple[int, dict[str, str], bytes]:
     """Return (status, headers with names in lower case, body). Raises OSError or HTTPException without an answer."""
     headers = {name: value.strip() for name, value in asked.headers.items()}
     if key and not {"X-Api-Key", "Authorization"} & set(headers):

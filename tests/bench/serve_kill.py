@@ -23,7 +23,7 @@ _PAUSE_SECONDS = 0.05  # a refused caller's, before it asks again
 
 def kill(work: Work) -> Result:
     """Kill one replica of each kind, with a second beside it, then the only one of a shard."""
-    work.corpus.build("two", "two", MINILM, num_shards=2)
+    work.corpus.build("two", {"two": MINILM}, two=2)
     model = write_cross_encoder(work.folder, model_directory())
     rerank = {"checkpoint": model, "depth": _DEPTH}
     results: Result = {}
@@ -88,7 +88,7 @@ def _after(answers: Answers, killed: float) -> Result:
 
 def overload(work: Work) -> Result:
     """Send what ten times as many callers can, in front of short queues; then as many as before."""
-    work.corpus.build("one", "bench", MINILM, num_shards=1)
+    work.corpus.build("bench", {"one": MINILM})
     return {proxy: _overloading(work, proxy) for proxy in work.proxies}
 
 

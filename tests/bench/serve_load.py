@@ -48,7 +48,7 @@ class Work:
 
 
 def load(work: Work) -> Result:
-    work.corpus.build("one", "bench", MINILM, num_shards=1)
+    work.corpus.build("bench", {"one": MINILM})
     plain, batching = _pilot(work)
     bare = [_bare(work)]
     rows: dict[str, list[Result]] = {}

@@ -30,8 +30,8 @@ Rows = list[list[tuple[int, float]]]
 def shards(work: Work, questions: int = QUESTIONS) -> Result:
     """Ask every version, placed both ways, the same questions; then rerank some over HTTP and here."""
     corpus = work.corpus
-    for number in sorted(SHARDS, reverse=True):  # the last one built is the one that the alias points to
-        corpus.build(f"shards{number}", _ALIAS, MINILM, num_shards=number)
+    names = {f"shards{number}": number for number in sorted(SHARDS, reverse=True)}  # the alias gets the unsharded one
+    corpus.build(_ALIAS, dict.fromkeys(names, MINILM), **names)
     texts = json.loads(corpus.questions.read_text())[:questions]
     whole = Retriever.open(corpus.root, _ALIAS, corpus.versions["shards1"]["version"])
     found = whole.search(texts, max(K, _DEPTH))

@@ -24,8 +24,7 @@ _SHORTEST_SECONDS = 0.5  # of a switch's window: a quantile of fewer requests sa
 def switch(work: Work, switches: int = SWITCHES) -> Result:
     """Promote one of the others and roll back, so many times; judge failures, mixed answers and latency."""
     corpus = work.corpus
-    for name, checkpoint in (("paq728", corpus.paq(728)), ("minilm", MINILM), ("paq256", corpus.paq(256))):
-        corpus.build(name, _ALIAS, checkpoint)
+    corpus.build(_ALIAS, {"paq728": corpus.paq(728), "minilm": MINILM, _HOME: corpus.paq(256)})
     results = {proxy: _switching(work, proxy, switches) for proxy in work.proxies}
     return {"switches": switches, **results}
 
