@@ -30,6 +30,7 @@ _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 _OPEN = {"/", "/health", "/ready", "/docs", "/openapi.json"}
 _ALWAYS = {"/health", "/ready", "/metrics"}
 _BODY_SECONDS = 30.0
+_KEYS_SECONDS = 1.0
 _MOST_DIGITS = 18
 _MAX_CALLERS = 10_000
 _GONE = 499
@@ -172,7 +173,7 @@ class Access:
         if self.in_flight > self.config.max_ongoing and path not in _ALWAYS:
             raise busy(f"{self.config.max_ongoing} requests are under way", "in_flight", 1.0)
         if self.keys is not None:
-            self._refresh(self.keys)
+            await self._refresh(self.keys)
             call.key = self._key(self.keys, headers)
         self._check_scope(path, call.key)
         if self.limit and path not in _OPEN:
@@ -181,10 +182,11 @@ class Access:
             return receive
         return _replay(await self._body(headers, receive), receive)
 
-    def _refresh(self, keys: KeyRing) -> None:
-        """Read the keys again when they are due, on a thread, and without making this request wait for it."""
+    async def _refresh(self, keys: KeyRing) -> None:
+        """Read the keys again when they are due, on a thread; a store that is slow to answer is not waited for long."""
         if keys.stale and (self._reading is None or self._reading.done()):
             self._reading = asyncio.create_task(asyncio.to_thread(keys.refresh))
+            await asyncio.wait({self._reading}, timeout=_KEYS_SECONDS)
 
     def _key(self, keys: KeyRing, headers: dict[str, str]) -> AccessKey | None:
         """Return the key that was presented, None without one. Raises Problem (401) for one that is not good."""

@@ -94,15 +94,14 @@ def test_without_a_key_only_what_tells_nothing_is_open(keyed: Callable[..., Test
 def test_a_server_learns_of_new_and_revoked_keys(keyed: Callable[..., TestClient], file: KeyFile) -> None:
     gone, record = file.create("a")
     client = keyed()
-    with client:  # one event loop, so that what reads the file in the background lives on
+    with client:
         assert client.get("/aliases", headers=bearer(gone)).status_code == 200
         file.revoke(record.id)
         new = file.create("b")[0]
         ring = _access(client).keys
         assert ring is not None
         ring.refresh_seconds = 0.0
-        seen = [(client.get("/aliases", headers=bearer(k)).status_code) for k in (gone, new) * 50]
-    assert seen[-2:] == [401, 200]
+        assert [client.get("/aliases", headers=bearer(key)).status_code for key in (gone, new)] == [401, 200]
 
 
 def _access(client: TestClient) -> Access:
