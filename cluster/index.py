@@ -22,6 +22,7 @@ from pipelines.index.search import merge_topk, search
 from pipelines.index.tune import HeldOut, Params, Trial, tune
 from pipelines.manifest import Receipt, find_finished
 from pipelines.retrieve import LocalShard
+from pipelines.vectors import write_vectors
 
 _QUICK_WRITE_SECONDS = 5.0  # what is written into a version's own folder, not moved there, is small and soon in place
 
@@ -198,7 +199,7 @@ def _passages_task(shard: ShardPlan, plan: BuildPlan) -> list[Receipt]:
 
 
 def _vectors_task(shard: ShardPlan, plan: BuildPlan) -> Receipt:
-    return build.write_vectors(plan, shard)
+    return write_vectors(plan, shard)
 
 
 def _exact_task(rows: Rows, plan: BuildPlan, queries_BD: Any, k: int) -> Any:

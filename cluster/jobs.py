@@ -189,18 +189,18 @@ def _index(config: Config, spec: EncoderSpec, progress: Progress) -> dict[str, A
 
 def check_index(config: Config, spec: EncoderSpec) -> None:
     """Refuse an impossible factory or search parameter, before hours of encoding."""
-    from pipelines.build import check_refine
     from pipelines.index.search import check_params
     from pipelines.index.spec import new_index, parse_spec
-    from pipelines.index.tiers import split_params
+    from pipelines.index.tiers import check_refine, split_params
 
     if config.index.factory == "auto":
         return
     metric = "ip" if config.index.metric == "auto" else config.index.metric
-    given = config.index.search_params
-    _, params = split_params(given) if config.index.refine == "exact" else (None, given)
-    check_params(new_index(parse_spec(config.index.factory, spec.dim, metric)), params)
-    check_refine(config.index, metric, spec.dim)
+    empty, params = new_index(parse_spec(config.index.factory, spec.dim, metric)), config.index.search_params
+    if config.index.refine == "exact":
+        check_refine(empty)
+        _, params = split_params(params)
+    check_params(empty, params)
 
 
 def embed_and_index(config: Config, spec: EncoderSpec, snapshot: dict[str, Any], progress: Progress) -> dict[str, Any]:

@@ -21,12 +21,11 @@ import pyarrow as pa
 
 from pipelines import corpus, embeddings
 from pipelines.config import ONLY_AUTO, IndexConfig
-from pipelines.errors import ArtifactError, ConfigError
-from pipelines.index import tiers
+from pipelines.errors import ArtifactError
 from pipelines.index.build import add, finish, read, write
 from pipelines.index.merge import merge_files
 from pipelines.index.spec import IndexSpec, Metric, new_index, parse_spec
-from pipelines.index.tiers import vectors_name
+from pipelines.index.tiers import check_refine
 from pipelines.index.tune import Knob, knobs, refinement_knob
 from pipelines.manifest import Receipt, ensure, find_done, fingerprint, put_done
 from pipelines.schema import FORMAT_VERSION
@@ -149,12 +148,13 @@ def plan_build(
     num_rows = int(embedded["num_rows"])
     num_shards = config.num_shards or -(-num_rows // config.max_shard_rows)
     mergeable = parse_spec(config.factory, int(embedded["dim"]), metric).mergeable
-    check_refine(config, metric, int(embedded["dim"]))
     shards = []
     for number, rows in enumerate(_cut(Rows(0, num_rows), min(num_shards, num_rows))):
         num_groups = -(-len(rows) // config.group_rows) if mergeable else 1
         shards.append(ShardPlan(number, rows, tuple(_cut(rows, num_groups))))
     plan = BuildPlan(root, config, embedded, snapshot, metric, tuple(shards), num_threads)
+    if config.refine == "exact":
+        check_refine(new_index(plan.spec))
     if config.min_recall is None or config.search_params:
         return plan
     fewest, k = min(len(shard.rows) for shard in shards), min(RECALL_K, num_rows)
@@ -227,28 +227,6 @@ def drop_groups(plan: BuildPlan, shard: ShardPlan, groups: list[Receipt]) -> Non
     if len(shard.groups) > 1:
         for receipt in groups:
             plan.work.remove(receipt.name)
-
-
-def write_vectors(plan: BuildPlan, shard: ShardPlan) -> Receipt:
-    """Write the shard's vectors in row order, fp16: what decides among the candidates that its codes find."""
-    name, facts = vectors_name(shard.number), {"num_rows": len(shard.rows), "first_row": shard.rows.start}
-    encoder = plan.embeddings["encoder"]["fingerprint"]
-    made_from = fingerprint([FORMAT_VERSION, encoder, plan.snapshot["snapshot"], facts])
-
-    def make() -> Receipt:
-        with plan.work.temporary() as temp:
-            tiers.write_vectors(temp, iter_rows(plan, shard.rows), len(shard.rows), plan.dim)
-            return put_done(plan.store, name, temp, made_from, facts)
-
-    return ensure(plan.store, name, made_from, make)
-
-
-def check_refine(config: IndexConfig, metric: Metric, dim: int) -> None:
-    """Raise ConfigError for a factory that refines by itself, where `index.refine` asks for it too."""
-    found = knobs(new_index(parse_spec(config.factory, dim, metric)), RECALL_K, 1)
-    if config.refine == "exact" and any(knob.name == tiers.FACTOR for knob in found):
-        raise ConfigError(f"{config.factory!r} refines its candidates already", where="index.refine",
-                          hint="leave RFlat and Refine out of index.factory, or index.refine")  # fmt: skip
 
 
 def write_passages(plan: BuildPlan, shard: ShardPlan) -> list[Receipt]:

@@ -3,7 +3,8 @@
 The model, with N rows of the corpus, S of the sample, s shards, p cores that add:
 
     recall   as measured: the pilot's rows include those that lie nearest to the queries in the whole corpus, and lists
-             are as many as the corpus will have, so neither grows easier with the sample
+             are as many as the corpus will have, so neither grows easier with the sample. A graph's falls with the
+             logarithm of the rows, by what two sizes of it show (see pipelines/index/pilot.py)
     search   scan, lists: straight in the rows, through two fills of the sample index. What does not depend on the rows
              (finding the lists, tables) is paid in each of s shards; lists grow as N over their number
              graph: s · log(N/s) / log(S), a walk's length being logarithmic in the rows

@@ -2,13 +2,15 @@
 
 A sample alone would flatter: codes confuse a row with those that lie nearly as near, and most of these are not in it.
 So the rows that lie nearest to the queries in the whole corpus are added where recall is measured, and left out where
-time is, since queries would find more rows near them than the corpus has.
+time is, since queries would find more rows near them than the corpus has. What a graph loses is another thing: its walk
+goes astray, the oftener the larger the graph is, and two sizes of it show how much.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ import numpy.typing as npt
 from pipelines.index.build import add, clone_empty, train, train_front
 from pipelines.index.candidates import Candidate
 from pipelines.index.kmeans import coarse_of, in_front, preset
-from pipelines.index.search import search
+from pipelines.index.search import exact_topk, search
 from pipelines.index.spec import IndexSpec, Metric, new_index, parse_spec
 from pipelines.index.structure import layers
 from pipelines.index.tune import HeldOut, Params, Trial, Tuned, knobs, tune
@@ -152,15 +154,33 @@ def _on_codes(trained: Any, pilot: Pilot) -> _Found:
 
 
 def _on_graph(trained: Any, pilot: Pilot, num_threads: int) -> _Found:
-    """Build one graph of all the pilot's rows: it takes long, and the length of a walk hardly depends on them."""
-    index, few = clone_empty(trained), max(1, len(pilot.row_S) // _FEW)
-    start = time.perf_counter()
-    add(index, pilot.sample_SD, pilot.row_S, num_threads)
-    add(index, pilot.near_ND, pilot.row_N, num_threads)
-    add_seconds = (time.perf_counter() - start) * num_threads / index.ntotal
-    tuned = _tuned(index, pilot)
+    """Build graphs of the sample and of its quarter, each asked for its own nearest rows, and tune the larger.
+
+    What a walk misses lies anywhere in the corpus, not near the query: the near rows would only shorten it.
+    """
+    begin = time.perf_counter()
+    index = _filled(trained, pilot, len(pilot.row_S), num_threads)
+    add_seconds = (time.perf_counter() - begin) * num_threads / index.ntotal
+    small = _filled(trained, pilot, max(1, len(pilot.row_S) // 4), num_threads)
+    tuned = _tuned(index, _alone(pilot, index), (small, _alone(pilot, small)))
     ms = _ms(index, pilot, tuned.best.params)
-    return tuned, add_seconds, ((few, ms), (index.ntotal, ms)), _p95_ms(index, pilot, tuned.best.params)
+    return tuned, add_seconds, ((small.ntotal, ms), (index.ntotal, ms)), _p95_ms(index, pilot, tuned.best.params)
+
+
+def _filled(trained: Any, pilot: Pilot, num_rows: int, num_threads: int) -> Any:
+    index = clone_empty(trained)
+    add(index, pilot.sample_SD[:num_rows], pilot.row_S[:num_rows], num_threads)
+    return index
+
+
+def _alone(pilot: Pilot, index: Any) -> Pilot:
+    """Return the pilot as if the rows of `index`, the first of the sample, were the whole corpus."""
+    import faiss
+
+    metric: Metric = "ip" if faiss.is_similarity_metric(index.metric_type) else "l2"
+    rows = [(pilot.sample_SD[: index.ntotal], pilot.row_S[: index.ntotal])]
+    exact_QK = exact_topk(pilot.asked.queries_QD, rows, pilot.asked.k, metric)[1]
+    return replace(pilot, asked=HeldOut(pilot.asked.queries_QD, exact_QK))
 
 
 def _trained(spec: IndexSpec, pilot: Pilot, lists: Lists | None, num_threads: int) -> Any:
@@ -178,17 +198,31 @@ def _trained(spec: IndexSpec, pilot: Pilot, lists: Lists | None, num_threads: in
     return train(spec, pilot.sample_SD, pilot.seed, num_threads, started=index)
 
 
-def _tuned(index: Any, pilot: Pilot) -> Tuned:
+def _tuned(index: Any, pilot: Pilot, smaller: tuple[Any, Pilot] | None = None) -> Tuned:
+    """Tune to the target; with a smaller graph beside it, to the recall that is left when the graph has grown.
+
+    The same walk loses recall with the logarithm of the rows: as much as from the smaller one, for each such step.
+    """
+
     def tried(params: Params) -> Trial:
-        start = time.perf_counter()
-        _, found_QK = search(index, pilot.asked.queries_QD, pilot.asked.k, params, num_threads=1)
-        return pilot.asked.trial(params, found_QK, time.perf_counter() - start)
+        trial = _trial(index, pilot, params)
+        if smaller is None or not smaller[0].ntotal < index.ntotal < pilot.num_rows:
+            return trial
+        steps = math.log(pilot.num_rows / index.ntotal) / math.log(index.ntotal / smaller[0].ntotal)
+        lost = max(0.0, _trial(*smaller, params).recall - trial.recall) * steps
+        return replace(trial, recall=max(0.0, trial.recall - lost))
 
     tunable = knobs(index, pilot.num_rows, pilot.asked.k)
     if tunable:
         return tune(tunable, tried, pilot.target)
     only = tried({})
     return Tuned(only, only.recall >= pilot.target, (only,))
+
+
+def _trial(index: Any, pilot: Pilot, params: Params) -> Trial:
+    start = time.perf_counter()
+    _, found_QK = search(index, pilot.asked.queries_QD, pilot.asked.k, params, num_threads=1)
+    return pilot.asked.trial(params, found_QK, time.perf_counter() - start)
 
 
 def _ms(index: Any, pilot: Pilot, params: Params) -> float:

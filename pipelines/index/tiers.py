@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.errors import ArtifactError, InputError
+from pipelines.errors import ArtifactError, ConfigError, InputError
+from pipelines.index.structure import layers
 
 Array = npt.NDArray[Any]
 Hits = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
@@ -68,6 +69,15 @@ class TwoTier:
             else:
                 score_C[there] = vectors @ query_D
         return score_BC
+
+
+def check_refine(index: Any) -> None:
+    """Raise ConfigError for a type that refines its candidates by itself."""
+    import faiss
+
+    if any(isinstance(layer, faiss.IndexRefine) for layer in layers(index)):
+        raise ConfigError("the index refines its candidates already", where="index.refine",
+                          hint="leave RFlat and Refine out of index.factory, or index.refine")  # fmt: skip
 
 
 def codes_of(index: Any) -> Any:
