@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -184,6 +185,7 @@ def _gateway(root: str, alias: str, address: str | None) -> Iterator[Any]:
 
     from cluster.session import session
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with session(ClusterConfig(address=address)):
         try:
             gateway = serve.get_app_handle(APPLICATION)
