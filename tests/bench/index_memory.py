@@ -88,7 +88,6 @@ def prepare(folder: Path, size: int, factory: str) -> str:
     path = folder / "c.yaml"
     path.write_text(yaml.safe_dump(content))
     pinakes("ingest", str(path), "--quiet")
-    source.unlink()
     write_embeddings(str(path))
     return str(path)
 
