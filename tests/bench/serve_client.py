@@ -178,11 +178,11 @@ class _Client:
             self.reader, self.writer = await asyncio.open_connection(*target, limit=_LINE)
         self.writer.write(request)
         head = await self.reader.readuntil(b"\r\n\r\n")
-        length = _LENGTH.search(head)
-        if length is None:
-            raise ValueError("the response does not tell its length")
-        body = await self.reader.readexactly(int(length[1]))
-        if b"\r\nconnection: close" in head.lower():
+        length, closes = _LENGTH.search(head), b"\r\nconnection: close" in head.lower()
+        if length is None and not closes:
+            raise ValueError("the response tells neither its length nor that it ends with the connection")
+        body = await (self.reader.readexactly(int(length[1])) if length else self.reader.read())
+        if closes:
             self._close()
         return int(head[9:12]), body
 
