@@ -6,7 +6,8 @@ shard deployments as the aliases' versions have shards, asked in parallel; both 
 `serve.proxy` "haproxy" puts HAProxy, a C program that Ray brings along, before the gateways, which then speak HTTP
 themselves; several times as many requests a second go through it. Its limits: messages between deployments of at most
 4 MiB (a batch of hits times their number, with "spread" or a reranker), no TLS, and a port that is open on every
-interface of the machine, whatever `serve.host` says. The setting is of the Ray cluster, made before it starts.
+interface of the machine, whatever `serve.host` says; so are its own ports, of which a machine has one each, for metrics
+(9101, RAY_SERVE_HAPROXY_METRICS_PORT) and statistics (8404, RAY_SERVE_HAPROXY_STATS_PORT). The setting is of the Ray cluster, made before it starts.
 Requests that a gateway was working on when it was killed are asked again of another one; behind the Python proxy they
 fail with 500.
 """
@@ -98,8 +99,8 @@ def start(aliases: list[str], config: Config) -> str:
     _check_proxy(config.serve)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     host, port = config.serve.host, config.serve.port
-    serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
     try:
+        serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
         serve.run(
             application(aliases, config),
             name=switch.APPLICATION,

@@ -179,6 +179,7 @@ def test_a_killed_gateway_comes_back_on_what_was_promoted_meanwhile(
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(content_of(two, port=port, replicas=2, proxy=proxy)))
     alone = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    alone |= {f"RAY_SERVE_HAPROXY_{use}_PORT": str(jobs.free_port()) for use in ("METRICS", "STATS")}
     with subprocess.Popen([PINAKES, "serve", str(config)], stderr=subprocess.PIPE, text=True, env=alone) as server:
         assert server.stderr is not None
         told: list[str] = []
