@@ -69,7 +69,8 @@ def version_name(identity: list[Any], settings: dict[str, Any], *, tuned: bool) 
     to decides it.
     """
     aside = {"name", *ONLY_AUTO} | (set() if tuned else {"min_recall", "recall_queries"})
-    aside |= {"refine"} if settings.get("refine") == "none" else set()  # versions made before there was such a key
+    # Keys that versions made before them had no value for but this one.
+    aside |= {key for key, usual in (("refine", "none"), ("train", "auto")) if settings.get(key) == usual}
     return fingerprint([*identity, {key: value for key, value in settings.items() if key not in aside}])
 
 
