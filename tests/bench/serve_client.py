@@ -30,6 +30,8 @@ _PATIENCE_SECONDS = 60.0
 _RECONNECT_SECONDS = 0.05
 _REFUSED = (429, 503)
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+_CHUNKED = re.compile(rb"\r\ntransfer-encoding: *chunked", re.IGNORECASE)
+_CLOSES = re.compile(rb"\r\nconnection: *close", re.IGNORECASE)
 _PARTIAL = re.compile(rb'"complete": ?false')
 _LINE = 1 << 20  # bytes a response's headers may take
 
@@ -178,11 +180,8 @@ class _Client:
             self.reader, self.writer = await asyncio.open_connection(*target, limit=_LINE)
         self.writer.write(request)
         head = await self.reader.readuntil(b"\r\n\r\n")
-        length, closes = _LENGTH.search(head), b"\r\nconnection: close" in head.lower()
-        if length is None and not closes:
-            raise ValueError("the response tells neither its length nor that it ends with the connection")
-        body = await (self.reader.readexactly(int(length[1])) if length else self.reader.read())
-        if closes:
+        body = await _body(self.reader, head)
+        if _CLOSES.search(head):
             self._close()
         return int(head[9:12]), body
 
@@ -190,6 +189,21 @@ class _Client:
         if self.writer is not None:
             self.writer.close()
         self.reader = self.writer = None
+
+
+async def _body(reader: asyncio.StreamReader, head: bytes) -> bytes:
+    """Return the body: of a length told before, in chunks, or up to the connection's end."""
+    if length := _LENGTH.search(head):
+        return await reader.readexactly(int(length[1]))
+    if not _CHUNKED.search(head):
+        if not _CLOSES.search(head):
+            raise ValueError("the response does not tell how it ends")
+        return await reader.read()
+    pieces = []
+    while size := int(await reader.readuntil(b"\r\n"), 16):
+        pieces.append((await reader.readexactly(size + 2))[:-2])
+    await reader.readexactly(2)
+    return b"".join(pieces)
 
 
 def _requests(job: dict[str, Any]) -> list[bytes]:
