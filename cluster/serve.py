@@ -7,9 +7,9 @@ shard deployments as the aliases' versions have shards, asked in parallel; both 
 themselves; several times as many requests a second go through it. Its limits: messages between deployments of at most
 4 MiB (a batch of hits times their number, with "spread" or a reranker), no TLS, and a port that is open on every
 interface of the machine, whatever `serve.host` says; so are its own ports, of which a machine has one each, for metrics
-(9101, RAY_SERVE_HAPROXY_METRICS_PORT) and statistics (8404, RAY_SERVE_HAPROXY_STATS_PORT). The setting is of the Ray cluster, made before it starts.
-Requests that a gateway was working on when it was killed are asked again of another one; behind the Python proxy they
-fail with 500.
+(9101, RAY_SERVE_HAPROXY_METRICS_PORT) and statistics (8404, RAY_SERVE_HAPROXY_STATS_PORT). The setting is of the Ray
+cluster, made before it starts. Requests that a gateway was working on when it was killed are asked again of another
+one; behind the Python proxy they fail with 500.
 """
 
 from __future__ import annotations
