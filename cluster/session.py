@@ -100,8 +100,13 @@ def _connect(config: ClusterConfig) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Ray's new default would blank the accelerator variables of CPU workers and warn about it.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        with _without_stderr():
-            ray.init(address="local", include_dashboard=False, **options)
+        try:
+            with _without_stderr():
+                ray.init(address="local", include_dashboard=False, **options)
+        except Exception as error:  # of any kind: Ray raises a bare Exception when its processes take too long
+            told = str(error).strip().partition("\n")[0]
+            hint = "run the command again when the machine is less busy; Ray's logs lie in /tmp/ray/session_latest/logs"
+            raise PinakesError(f"Ray did not start on this machine: {told}", hint=hint) from error
     else:
         try:
             with _without_stderr():
