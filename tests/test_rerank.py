@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.serve import _Stage, _within
+from cluster.serve_stages import _Stage, within
 from pipelines.answer import answers_within
 from pipelines.models.base import Answer
 from pipelines.rerank import rerank, rerank_all, rerank_within
@@ -99,7 +99,7 @@ class Reply:
 @pytest.mark.parametrize(("takes", "left", "expected"), [(0.0, 5.0, "answer"), (5.0, 0.05, None), (0.0, -1.0, None)])
 def test_a_request_waits_for_a_stage_no_longer_than_it_may(takes: float, left: float, expected: str | None) -> None:
     reply = Reply(takes)
-    found = asyncio.run(_within(time.perf_counter() + left, lambda seconds: reply))
+    found = asyncio.run(within(time.monotonic() + left, lambda seconds: reply))
     assert found == expected
     assert reply.cancelled is (left > 0 and expected is None)
 
