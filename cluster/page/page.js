@@ -197,4 +197,5 @@ $("theme").addEventListener("click", () => {
 
 setTheme({ dark: "dark", light: "light" }[recalled("localStorage", THEME)] || "");
 fillForm(stateOf(location.search));
+if (document.activeElement === document.body) $("q").focus();  // the attribute would come late, and complain in the console
 learn().then(searchAddress);
