@@ -4,7 +4,8 @@
 
 `read_parquet`, `map_batches` with an actor that holds a SentenceTransformer, one actor a core (Ray gives each one
 thread), `write_parquet`. The cluster is told of twice the cores: with every core given to an actor, the tasks that read
-and write would wait for ever.
+and write would wait for ever. Small files end up in one block, and so on one actor: blocks are cut so that every actor
+has work.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def run(job: dict[str, Any]) -> Result:
     actors = ray.data.ActorPoolStrategy(size=WORKERS)
     (
         ray.data.read_parquet(job["texts"])
+        .repartition(target_num_rows_per_block=_BATCH)
         .map_batches(_Embedder, fn_constructor_args=(job["checkpoint"],), batch_size=_BATCH, num_cpus=1, compute=actors)
         .write_parquet(job["target"])
     )
