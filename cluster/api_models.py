@@ -90,15 +90,18 @@ def check_query(text: str, config: ServeConfig) -> None:
         raise ConfigError("a query is blank", expected="some text")
 
 
-class HitModel(BaseModel):
+class PassageModel(BaseModel):
     row: int
-    score: float
-    rerank_score: float | None = None
     id: str
     title: str
     text: str
     answers: list[str] | None = None
     metadata: dict[str, Any] | None = None
+
+
+class HitModel(PassageModel):
+    score: float
+    rerank_score: float | None = None
 
 
 class AnswerModel(BaseModel):
@@ -130,15 +133,6 @@ class SearchResponse(BaseModel):
     answers: list[AnswerModel] | None = None
     results_answers: list[list[AnswerModel]] | None = None
     explain: dict[str, Any] | None = None
-
-
-class PassageModel(BaseModel):
-    row: int
-    id: str
-    title: str
-    text: str
-    answers: list[str] | None = None
-    metadata: dict[str, Any] | None = None
 
 
 class ProblemModel(BaseModel):
