@@ -139,11 +139,14 @@ def _add_rows(sums: Sums, vectors_ND: Floats, nearest_N: npt.NDArray[np.int64]) 
 
 
 def _split_full_lists(centroids_CD: npt.NDArray[np.float64], count_C: npt.NDArray[np.int64], rng: Any) -> None:
-    """Give every empty list half of a full one's rows: the fuller, the likelier. Both start a little apart."""
-    apart_D = np.where(np.arange(centroids_CD.shape[1]) % 2, 1 - _SPLIT, 1 + _SPLIT)
+    """Give every empty list half of a full one's rows: the fuller, the likelier. Both start a little apart.
+
+    Each split has a direction of its own: with one for all, halves of two halves would meet again.
+    """
     for empty in np.flatnonzero(count_C == 0):
         spare_C = np.maximum(count_C - 1, 0)
         full = rng.choice(len(count_C), p=spare_C / spare_C.sum())
+        apart_D = 1 + _SPLIT * rng.uniform(-1, 1, centroids_CD.shape[1])
         centroids_CD[empty] = centroids_CD[full] * apart_D
         centroids_CD[full] *= 2 - apart_D
         count_C[empty] = count_C[full] // 2
