@@ -7,6 +7,7 @@ Any Parquet reader opens it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -20,6 +21,7 @@ from pipelines.schema import embedding_schema
 from pipelines.storage import Store, damaged
 
 Array = npt.NDArray[Any]
+_MOST_READERS = 8  # each holds a part, whose size is the corpus's own
 _NUMPY = {"fp16": np.float16, "fp32": np.float32}
 
 
@@ -118,17 +120,25 @@ def sample_part(store: Store, entry: dict[str, Any], dim: int, num_rows: int, se
     return read_vectors(store, entry, dim)[rows]
 
 
-def sample(store: Store, entries: Sequence[dict[str, Any]], dim: int, num_rows: int, seed: int) -> Array:
+def sample(
+    store: Store, entries: Sequence[dict[str, Any]], dim: int, num_rows: int, seed: int, num_threads: int = 1
+) -> Array:
     """Return (num_rows, D) float32: a random sample of the whole corpus, without replacement, in row order.
 
-    Every part gives its share, so that a sample is drawn part by part, anywhere, with memory for one part.
+    Every part gives its share, so that a sample is drawn part by part, anywhere, with memory for one part for each of
+    num_threads, of which at most 8 read: how many does not change the sample.
     """
-    counts = sample_counts(entries, num_rows)
-    result, done = np.empty((sum(counts), dim), np.float32), 0
-    for entry, count in zip(entries, counts, strict=True):
-        if count:
-            result[done : done + count] = sample_part(store, entry, dim, count, seed)
-            done += count
+    bounds = [0, *accumulate(sample_counts(entries, num_rows))]
+    result = np.empty((bounds[-1], dim), np.float32)
+
+    def draw(place: int) -> None:
+        first, stop = bounds[place : place + 2]
+        if first < stop:
+            result[first:stop] = sample_part(store, entries[place], dim, stop - first, seed)
+
+    with ThreadPoolExecutor(min(num_threads, _MOST_READERS)) as pool:
+        for _ in pool.map(draw, range(len(entries))):
+            pass  # raises what a thread raised; those that wait are then cancelled
     return result
 
 

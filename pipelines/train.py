@@ -131,7 +131,9 @@ def train_quantizer(plan: BuildPlan, shares: Sequence[Receipt] = (), state: Stat
     def make() -> Receipt:
         num_rows, seed = _num_sample_rows(plan), plan.config.seed
         if state is None:
-            sample = embeddings.sample(plan.vectors, plan.embeddings["parts"], plan.dim, num_rows, seed)
+            sample = embeddings.sample(
+                plan.vectors, plan.embeddings["parts"], plan.dim, num_rows, seed, plan.num_threads
+            )
             index = train(plan.spec, sample, seed, plan.num_threads)
         else:
             started = read(plan.work.local(_FRONT, state.front.sha256))

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines import embeddings
 from pipelines.embeddings import iter_blocks, read_vectors, sample, to_parquet
 from pipelines.errors import ArtifactError, InputError
 from pipelines.storage import Store
@@ -73,6 +74,33 @@ def test_sample_is_uniform_seeded_and_in_row_order(tmp_path: Path) -> None:
     assert all(((picked >= i * 25) & (picked < i * 25 + 25)).any() for i in range(4))  # of the whole corpus
     np.testing.assert_array_equal(picked, sample(store, entries, 1, 40, seed=3)[:, 0])
     assert (picked != sample(store, entries, 1, 40, seed=4)[:, 0]).any()
+    for num_threads in (2, 50):
+        np.testing.assert_array_equal(picked, sample(store, entries, 1, 40, 3, num_threads)[:, 0])
     assert len(sample(store, entries, 1, 1000, seed=0)) == 100
     blocks = list(iter_blocks(store, entries, 1))
     np.testing.assert_array_equal(np.concatenate([b for b, _ in blocks])[:, 0], np.concatenate([r for _, r in blocks]))
+
+
+def test_a_damaged_part_ends_a_sample_and_few_parts_are_read_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, rows = Store(str(tmp_path)), np.arange(400, dtype=np.float32).reshape(-1, 1)
+    entries = [put(store, f"{i}", to_parquet(["x"] * 10, rows[i * 10 : i * 10 + 10], "fp32"), 10, i * 10)
+               for i in range(40)]  # fmt: skip
+    reading, most, whole = [0], [0], embeddings.read_vectors
+
+    def read(*arguments: Any) -> Any:
+        reading[0] += 1
+        most[0] = max(most[0], reading[0])
+        try:
+            return whole(*arguments)
+        finally:
+            reading[0] -= 1
+
+    monkeypatch.setattr(embeddings, "read_vectors", read)
+    assert len(sample(store, entries, 1, 200, 0, num_threads=64)) == 200
+    assert most[0] <= 8
+    store.put("3", b"no parquet")
+    with pytest.raises(ArtifactError, match="damaged"):
+        sample(store, entries, 1, 200, 0, num_threads=2)
+    assert reading[0] == 0
