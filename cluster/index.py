@@ -6,6 +6,7 @@ import json
 import time
 from dataclasses import replace
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,12 @@ from pipelines.index.forecast import compare
 from pipelines.index.search import merge_topk, search
 from pipelines.index.tune import HeldOut, Params, Trial, tune
 from pipelines.manifest import Receipt, find_finished
-from pipelines.retrieve import LocalShard
+from pipelines.retrieve import LocalShard, search_without
 from pipelines.vectors import write_vectors
 
+# Searches that one setting is tried with, over all shards, and the fewest queries of one. Both are of the data alone:
+# how queries are batched may decide the last bits of a score, so no number of workers has a part in it.
+_SEARCHES, _FEWEST_QUERIES = 16, 50
 _QUICK_WRITE_SECONDS = 5.0  # what is written into a version's own folder, not moved there, is small and soon in place
 
 
@@ -71,6 +75,8 @@ def _build(plan: BuildPlan, progress: Progress, questions: str | None) -> dict[s
     files = [trained, *shards, *passages, *_write_vectors(plan, progress)]
     content = publish.version_content(plan, files, None, {n: s["seconds"] for n, s in progress.stages.items()})
     content["build"] = plan.build
+    if plan.order:
+        content["order"] = plan.order
     _measure_recall(plan, content, progress, questions)
     content["lists"] = _measure_balance(plan, content)
     if plan.forecast:
@@ -127,7 +133,7 @@ def _measure_recall(plan: BuildPlan, content: dict[str, Any], progress: Progress
 
             def measure(params: Params) -> Trial:
                 stage.advance()
-                return _try(plan, content, tune_on, params)
+                return _try(plan, content, tune_on, params, _num_pieces(plan, tune_on))
 
             tuned = tune(plan.tunable, measure, plan.config.min_recall or 0.0)
             content["search_params"], facts = tuned.best.params, tuned.facts(len(tune_on))
@@ -156,23 +162,32 @@ def _measure_balance(plan: BuildPlan, content: dict[str, Any]) -> dict[str, Any]
 
 def held_out(plan: BuildPlan, questions: str | None, k: int = build.RECALL_K) -> HeldOut:
     """Return queries that are not stored vectors, with the k rows that exact search finds for them."""
-    queries_QD, k = run_task(_queries_task, plan, questions), min(k, plan.num_rows)
-    groups = [group for shard in plan.shards for group in shard.groups]
-    exact = [found for _, found in run_tasks(_exact_task, groups, plan, queries_QD, k)]
+    queries_QD, k = run_task(_queries_task, plan, questions), min(k, plan.num_rows - len(plan.unfit_rows))
+    exact = [found for _, found in run_tasks(_exact_task, build.row_groups(plan), plan, queries_QD, k)]
     return HeldOut(queries_QD, merge_topk(exact, k)[1])
 
 
-def _try(plan: BuildPlan, content: dict[str, Any], asked: HeldOut, params: Params) -> Trial:
+def _num_pieces(plan: BuildPlan, asked: HeldOut) -> int:
+    """Return into how many pieces the queries are cut, so that few shards keep all cores at work, too."""
+    return max(1, min(_SEARCHES // len(plan.shards), len(asked) // _FEWEST_QUERIES))
+
+
+def _try(plan: BuildPlan, content: dict[str, Any], asked: HeldOut, params: Params, num_pieces: int = 1) -> Trial:
     """Search all shards with one setting, as serving would."""
-    manifest, numbers = _searchable(content), range(len(plan.shards))
-    answers = [a for _, a in run_tasks(_search_task, numbers, plan, manifest, asked.queries_QD, asked.k, params)]
-    _, found_QK = merge_topk([hits for hits, _ in answers], asked.k)
-    return asked.trial(params, found_QK, sum(seconds for _, seconds in answers))
+    manifest, pieces = _searchable(content), np.array_split(asked.queries_QD, num_pieces)
+    items = [(shard.number, piece) for piece in range(num_pieces) for shard in plan.shards]
+    answers = dict(run_tasks(_search_task, items, plan, manifest, pieces, asked.k, params))
+    found: list[list[Any]] = [[] for _ in pieces]
+    for position, (hits, _) in sorted(answers.items(), key=itemgetter(0)):
+        found[items[position][1]].append(hits)
+    found_QK = np.concatenate([merge_topk(hits, asked.k)[1] for hits in found])
+    return asked.trial(params, found_QK, sum(seconds for _, seconds in answers.values()))
 
 
 def _searchable(content: dict[str, Any]) -> str:
     """Return what opening a shard takes, as a key of the cache that holds it open."""
-    return json.dumps({**{key: content[key] for key in ("name", "version", "dim", "files")}, "search_params": {}})
+    kept = ("name", "version", "dim", "files", "quarantined")
+    return json.dumps({**{key: content[key] for key in kept}, "search_params": {}})
 
 
 def _queries_task(plan: BuildPlan, questions: str | None) -> Any:
@@ -206,11 +221,19 @@ def _exact_task(rows: Rows, plan: BuildPlan, queries_BD: Any, k: int) -> Any:
     return recall.exact_in(plan, rows, queries_BD, k)
 
 
-def _search_task(number: int, plan: BuildPlan, manifest: str, queries_BD: Any, k: int, params: Params) -> Any:
+def _search_task(
+    item: tuple[int, int], plan: BuildPlan, manifest: str, pieces: list[Any], k: int, params: Params
+) -> Any:
+    number, queries_BD = item[0], pieces[item[1]]
+
     def search_shard() -> Any:
         shard = _open_shard(plan.root, manifest, number)
+
+        def find(depth: int) -> Any:
+            return search(shard.index, queries_BD, depth, params, num_threads=1)
+
         start = time.perf_counter()
-        hits = search(shard.index, queries_BD, k, params, num_threads=1)
+        hits = search_without(shard.unfit, find, k, shard.index.ntotal) if len(shard.unfit) else find(k)
         return hits, time.perf_counter() - start
 
     entry = json.loads(manifest)["files"][plan.shards[number].name]

@@ -24,6 +24,7 @@ from pipelines.config import ONLY_AUTO, IndexConfig
 from pipelines.errors import ArtifactError
 from pipelines.index.build import add, finish, read, write
 from pipelines.index.merge import merge_files
+from pipelines.index.order import add_in_random_order
 from pipelines.index.spec import IndexSpec, Metric, new_index, parse_spec
 from pipelines.index.tiers import check_refine
 from pipelines.index.tune import Knob, knobs, refinement_knob
@@ -64,9 +65,9 @@ class ShardPlan:
 def version_name(identity: list[Any], settings: dict[str, Any], *, tuned: bool) -> str:
     """Return the name of a version. tuned: whether its search parameters were found for the recall target.
 
-    identity: format version, passage and query encoder's fingerprint, snapshot, metric, number of shards.
-    settings: its index config. A target that only admits or refuses leaves the version what it is; one that is tuned
-    to decides it.
+    identity: format version, passage and query encoder's fingerprint, snapshot, metric, number of shards, and the order
+    of rows where it matters. settings: its index config. A target that only admits or refuses leaves the version what
+    it is; one that is tuned to decides it.
     """
     aside = {"name", *ONLY_AUTO} | (set() if tuned else {"min_recall", "recall_queries"})
     # Keys that versions made before them had no value for but this one.
@@ -95,7 +96,7 @@ class BuildPlan:
         """Return the version's name: a fingerprint of all that determines its files and its search parameters."""
         encoder = self.embeddings["encoder"]
         identity = [encoder["fingerprint"], encoder["query_fingerprint"], self.embeddings["snapshot"]]
-        shape = [self.metric, len(self.shards)]
+        shape = [self.metric, len(self.shards), *filter(None, [self.order])]
         return version_name([FORMAT_VERSION, *identity, *shape], self.config.model_dump(), tuned=bool(self.tunable))
 
     @property
@@ -107,7 +108,18 @@ class BuildPlan:
         made_from = [self.embeddings["encoder"]["fingerprint"], self.embeddings["snapshot"], self.metric]
         cut = [(shard.rows.start, shard.rows.stop, len(shard.groups)) for shard in self.shards]
         settings = [getattr(self.config, key) for key in ("factory", "train", "train_rows", "seed")]
+        settings += filter(None, [self.order])
         return fingerprint([FORMAT_VERSION, "build", *made_from, cut, *settings])
+
+    @property
+    def order(self) -> str:
+        """Return "random" where rows are added in an order drawn by chance, as the manifest then says; else nothing."""
+        return "random" if self.spec.grows else ""
+
+    @property
+    def unfit_rows(self) -> list[int]:
+        """Return the rows that could not be encoded: they lie in an index as zero vectors, and are never found."""
+        return [guilty["row"] for guilty in self.embeddings.get("quarantined", [])]
 
     @property
     def dim(self) -> int:
@@ -164,6 +176,11 @@ def plan_build(
     return replace(plan, tunable=tuple(knob for knob in [*refining, *found] if knob.most > knob.least))
 
 
+def row_groups(plan: BuildPlan) -> list[Rows]:
+    """Cut all rows as the groups of a mergeable index are: for what needs no index, so that a graph's take part too."""
+    return [group for shard in plan.shards for group in _cut(shard.rows, -(-len(shard.rows) // plan.config.group_rows))]
+
+
 def _cut(rows: Rows, pieces: int) -> Iterator[Rows]:
     bounds = [rows.start + len(rows) * i // pieces for i in range(pieces + 1)]
     return (Rows(a, b) for a, b in pairwise(bounds))
@@ -178,11 +195,20 @@ def add_group(plan: BuildPlan, trained: Receipt, shard: ShardPlan, group: int, n
 
     def make() -> Receipt:
         index = read(plan.store.local(TRAINED, trained.sha256))
-        for vectors_ND, rows_N in iter_rows(plan, shard.groups[group]):
-            add(index, vectors_ND, rows_N, num_threads)
+        _add_rows(plan, index, shard.groups[group], num_threads)
         return put_index(plan, store, name, index, made_from, _shard_facts(shard.groups[group], trained))
 
     return ensure(store, name, made_from, make)
+
+
+def _add_rows(plan: BuildPlan, index: Any, rows: Rows, num_threads: int) -> None:
+    if plan.order:
+        with plan.work.temporary() as temp:
+            seed = [plan.config.seed, rows.start]
+            add_in_random_order(index, iter_rows(plan, rows), temp, seed, num_threads)
+        return
+    for vectors_ND, rows_N in iter_rows(plan, rows):
+        add(index, vectors_ND, rows_N, num_threads)
 
 
 def merge_shard(plan: BuildPlan, trained: Receipt, shard: ShardPlan, groups: list[Receipt]) -> Receipt:

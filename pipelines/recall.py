@@ -47,9 +47,9 @@ def sample_sentences(plan: BuildPlan, num: int) -> list[str]:
     Passages that could not be encoded are left out: nothing can be found for them.
     """
     rng = np.random.default_rng([plan.config.seed, 1])
-    guilty = [found["row"] for found in plan.embeddings.get("quarantined", [])]
-    drawn = rng.choice(plan.num_rows, size=min(num + len(guilty), plan.num_rows), replace=False)
-    rows = np.sort(drawn[~np.isin(drawn, guilty)][:num])
+    unfit = plan.unfit_rows
+    drawn = rng.choice(plan.num_rows, size=min(num + len(unfit), plan.num_rows), replace=False)
+    rows = np.sort(drawn[~np.isin(drawn, unfit)][:num])
     sentences = []
     for entry in plan.snapshot["parts"]:
         mine = rows[(rows >= entry["first_row"]) & (rows < entry["first_row"] + entry["num_rows"])] - entry["first_row"]
@@ -65,11 +65,19 @@ def _a_sentence(text: str, rng: np.random.Generator) -> str:
 
 
 def exact_in(plan: BuildPlan, rows: Rows, queries_QD: Array, k: int) -> Hits:
-    """Return the exact (score_QK, row_QK) of the queries among `rows`, by brute force over the embeddings."""
-    made_from = [plan.embeddings["encoder"]["fingerprint"], plan.embeddings["snapshot"], plan.metric]
+    """Return the exact (score_QK, row_QK) of the queries among `rows`, by brute force over the embeddings.
+
+    Rows that could not be encoded are left out, as in every search of a version: zero vectors may lie near a query.
+    """
+    unfit = [row for row in plan.unfit_rows if rows.start <= row < rows.stop]
+    made_from = [plan.embeddings["encoder"]["fingerprint"], plan.embeddings["snapshot"], plan.metric, unfit]
 
     def make() -> tuple[dict[str, Array], dict[str, Any]]:
-        score_QK, row_QK = exact_topk(queries_QD, iter_rows(plan, rows), k, plan.metric, num_threads=1)
+        blocks = iter_rows(plan, rows)
+        if unfit:
+            blocks = ((vectors_ND[fit_N], row_N[fit_N]) for vectors_ND, row_N in blocks
+                      for fit_N in [~np.isin(row_N, unfit)])  # fmt: skip
+        score_QK, row_QK = exact_topk(queries_QD, blocks, k, plan.metric, num_threads=1)
         return {"score_QK": score_QK, "row_QK": row_QK}, {}
 
     name = f"exact-{rows.start}-{rows.stop}.npz"

@@ -186,7 +186,8 @@ def _identities(manifest: dict[str, Any], name: str, version: str) -> Iterator[t
     yield "dim", str(spec.dim), str(manifest["dim"])
     # From the settings as they were then: newer programs may know more of them.
     identity = [manifest["format_version"], passage, query, manifest["snapshot"]]
-    shape, is_tuned = [manifest["metric"], manifest["num_shards"]], "tuning" in (manifest["recall"] or {})
+    shape = [manifest["metric"], manifest["num_shards"], *filter(None, [manifest.get("order")])]
+    is_tuned = "tuning" in (manifest["recall"] or {})
     yield "settings", version, version_name([*identity, *shape], manifest["config"], tuned=is_tuned)
 
 

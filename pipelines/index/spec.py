@@ -36,6 +36,7 @@ class _Facts:
 
     needs_training: bool
     mergeable: bool
+    grows: bool
     most_centroids: int
     min_train_rows: int
     bytes_per_vector: int
@@ -63,6 +64,11 @@ class IndexSpec:
         return _facts(self).mergeable
 
     @property
+    def grows(self) -> bool:
+        """Tell whether rows find their place among those added before: a graph (HNSW), which their order decides."""
+        return _facts(self).grows
+
+    @property
     def min_train_rows(self) -> int:
         """Return the fewest rows that training accepts: one for each centroid and each output dimension."""
         return _facts(self).min_train_rows
@@ -85,6 +91,7 @@ class IndexSpec:
         return min(num_rows, wanted, most)
 
 
+@lru_cache(maxsize=256)
 def parse_spec(factory: str, dim: int, metric: Metric) -> IndexSpec:
     """Check a FAISS factory string for vectors of width `dim` and return its spec.
 
@@ -184,6 +191,7 @@ def _facts(spec: IndexSpec) -> _Facts:
     return _Facts(
         needs_training=not index.is_trained,
         mergeable=type(found[-1]).__name__ in MERGEABLE_TYPES and not refines,
+        grows=isinstance(found[-1], faiss.IndexHNSW),
         most_centroids=centroids,
         min_train_rows=0 if index.is_trained else max([1, centroids, *outputs]),
         bytes_per_vector=_bytes_per_vector(index),
