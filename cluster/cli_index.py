@@ -147,14 +147,18 @@ def pilot_table(result: dict[str, Any]) -> Table:
     """Return the forecasts as a table for the terminal, the cheapest that keeps the target first."""
     from rich.table import Table
 
+    from pipelines.index.candidates import named
     from pipelines.sizes import human_bytes
 
     title = f"Forecasts for {result['num_rows']:,} vectors of width {result['dim']}, recall@10 of {result['target']}"
-    table = Table(title=title, caption=f"Chosen: {result['chosen'] or 'none'}. `index.factory: auto` builds it.")
+    chosen = named(result["chosen"], result["refine"]) if result["chosen"] else "none"
+    untried = "".join(f" Not tried: {', '.join(names)}: {why}." for why, names in result["untried"].items())
+    table = Table(title=title, caption=f"Chosen: {chosen}. `index.factory: auto` builds it.{untried}")
     for name in ("factory", "setting", "recall", "ms", "p95 ms", "memory", "disk", "train", "add", ""):
         table.add_column(name, no_wrap=name == "factory", justify="left" if name in ("factory", "setting") else "right")
     for f in result["candidates"]:
-        setting = ", ".join(f"{name} {value}" for name, value in f["params"].items())
+        refined = ["vectors on disk"] if f["refine"] == "exact" else []
+        setting = ", ".join([*refined, *(f"{name} {value}" for name, value in f["params"].items())])
         times = [f"{f['train_seconds']:,.0f} s", f"{f['add_seconds']:,.0f} s"]
         sizes = [human_bytes(f["memory_bytes"]), human_bytes(f["index_bytes"])]
         said = "too low" if not f["reached"] else "" if f["fits"] else "too large or slow"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from pipelines.build import BuildPlan
 from pipelines.config import Config, IndexConfig
 from pipelines.errors import ConfigError
 from pipelines.evaluate import read_questions
-from pipelines.index.candidates import Candidate, candidates, default_lists
+from pipelines.index.candidates import Candidate, candidates, default_lists, shortlist
 from pipelines.index.forecast import Forecast, Limits, Scale, choose, extrapolate
 from pipelines.index.pilot import NEAR, Lists, Measured, Pilot, find_lists, measure, num_lists
 from pipelines.index.spec import IndexSpec, parse_spec
@@ -35,6 +36,9 @@ from pipelines.storage import Store
 
 _ROWS_PER_LIST, _MOST_ROWS = 39, 131_072  # a sample grows so that lists get the rows they need, up to there
 _DEFAULT_TARGET = 0.95
+
+Untried = dict[str, list[str]]
+"""The names of candidates that were not tried, by the reason."""
 
 
 class PilotPlan(BuildPlan):
@@ -57,12 +61,14 @@ def settle(
         return index, None
     assert index.min_recall is not None
     limits = _limits(index.max_memory_gb, index.max_ms)
-    found = forecasts(config, snapshot, embedded, progress, index.min_recall)
+    found, untried = forecasts(config, snapshot, embedded, progress, index.min_recall, limits)
     best = choose(found, index.min_recall, limits)
     asked = {"min_recall": index.min_recall, "max_memory_gb": index.max_memory_gb, "max_ms": index.max_ms}
-    progress.say(f"index.factory auto: {best.factory}, of {len(found)} candidates tried on a sample")
-    settled = {"factory": best.factory, "max_memory_gb": None, "max_ms": None}
-    return index.model_copy(update=settled), {**best.as_dict(), "asked": asked}
+    progress.say(f"index.factory auto: {best.name}, of {len(found)} candidates tried on a sample")
+    for why, names in untried.items():
+        progress.say(f"not tried: {', '.join(names)}: {why}")
+    settled = {"factory": best.factory, "refine": best.refine, "max_memory_gb": None, "max_ms": None}
+    return index.model_copy(update=settled), {**best.as_dict(), "asked": asked, "untried": untried}
 
 
 def plan_with_pilot(
@@ -71,7 +77,8 @@ def plan_with_pilot(
     """Return the forecasts of all candidates for a corpus that is encoded, and which one to choose.
 
     What is not given comes from the config, and a target of 0.95 without one. `chosen` is None and `refusal` an error
-    when nothing keeps the target within the limits. Raises ConfigError when the corpus is not encoded yet.
+    when nothing keeps the target within the limits; `untried` names those left out, by the reason. Raises ConfigError
+    when the corpus is not encoded yet.
     """
     from pipelines.errors import QualityError
 
@@ -81,62 +88,89 @@ def plan_with_pilot(
     limits = replace(limits, memory_bytes=memory_bytes) if memory_bytes else limits
     with session(config.cluster):
         snapshot, embedded = _encoded(config)
-        found = forecasts(config, snapshot, embedded, progress, target)
+        found, untried = forecasts(config, snapshot, embedded, progress, target, limits)
     told = {"num_rows": embedded["num_rows"], "dim": embedded["dim"], "target": target, "limits": str(limits)}
     listed = [{**f.as_dict(), "fits": f.keeps(limits)} for f in sorted(found, key=lambda f: (not f.reached, f.cost))]
     try:
-        chosen: str | None = choose(found, target, limits).factory
-        refusal = None
+        best, refusal = choose(found, target, limits), None
     except QualityError as error:
-        chosen, refusal = None, error
-    return {**told, "candidates": listed, "chosen": chosen, "refusal": refusal}
+        best, refusal = None, error
+    chosen = {"chosen": best and best.factory, "refine": best and best.refine}
+    return {**told, "candidates": listed, **chosen, "untried": untried, "refusal": refusal}
 
 
 def forecasts(
-    config: Config, snapshot: dict[str, Any], embedded: dict[str, Any], progress: Progress, target: float
-) -> list[Forecast]:
-    """Return the forecasts of all candidates: those of an earlier pilot on the very same, else of one made now."""
+    config: Config,
+    snapshot: dict[str, Any],
+    embedded: dict[str, Any],
+    progress: Progress,
+    target: float,
+    limits: Limits,
+) -> tuple[list[Forecast], Untried]:
+    """Return the forecasts of the candidates, and why which others were not tried.
+
+    They are those of an earlier pilot on the very same, or of one made now. Of the limits, only the memory has a part
+    in what is tried.
+    """
     questions = config.evaluate.questions
     plan = _pilot_plan(config, snapshot, embedded)
-    name = f"plan-{_key(plan, questions, target)}.json"
+    every = candidates(plan.num_rows, plan.dim, plan.metric, len(plan.shards))
+    tried, why = shortlist(every, plan.num_rows, plan.dim, limits.memory_bytes, config.index.refine)
+    name = f"plan-{_key(plan, questions, target, tried if tried != every else [])}.json"
     if not plan.store.exists(name):
-        found = _measured(plan, config.index, questions, target, progress)
-        content = json.dumps({"forecasts": [f.as_dict() for f in found]}, indent=1) + "\n"
-        plan.store.create(name, content.encode())  # of two pilots at once, the first is what both go by
+        found, untried = _measured(plan, config.index, questions, target, progress, tried)
+        untried = {why: [c.name for c in every if c not in tried], **untried}
+        told = {"forecasts": [f.as_dict() for f in found], "untried": {why: n for why, n in untried.items() if n}}
+        # Of two pilots at once, the first is what both go by.
+        plan.store.create(name, (json.dumps(told, indent=1) + "\n").encode())
         plan.work.remove_all()
-    return [Forecast(**entry) for entry in json.loads(plan.store.read(name))["forecasts"]]
+    stored = json.loads(plan.store.read(name))
+    return [Forecast(**entry) for entry in stored["forecasts"]], stored.get("untried", {})
 
 
-def _key(plan: BuildPlan, questions: str | None, target: float) -> str:
+def _key(plan: BuildPlan, questions: str | None, target: float, tried: Sequence[Candidate]) -> str:
+    """tried: the candidates, where they are not those that any corpus of this size and width has."""
     encoder, settings = plan.embeddings["encoder"], plan.config
     identity = [encoder["fingerprint"], encoder["query_fingerprint"], plan.embeddings["snapshot"]]
     shape = [plan.metric, len(plan.shards), settings.group_rows, settings.train_rows, settings.pilot_rows]
     asked = [q.text for q in read_questions(questions)] if questions else None
-    return fingerprint([FORMAT_VERSION, *identity, *shape, settings.seed, settings.recall_queries, asked, target])
+    wanted = [settings.seed, settings.recall_queries, asked, target, *([[c.name for c in tried]] if tried else [])]
+    return fingerprint([FORMAT_VERSION, *identity, *shape, *wanted])
 
 
 def _measured(
-    plan: BuildPlan, config: IndexConfig, questions: str | None, target: float, progress: Progress
-) -> list[Forecast]:
-    found = candidates(plan.num_rows, plan.dim, plan.metric, len(plan.shards))
-    with progress.stage("pilot", len(found)) as stage:
+    plan: BuildPlan,
+    config: IndexConfig,
+    questions: str | None,
+    target: float,
+    progress: Progress,
+    tried: Sequence[Candidate],
+) -> tuple[list[Forecast], Untried]:
+    """Try candidates on a sample; return their forecasts, and which were left out when it came to it."""
+    with progress.stage("pilot", len(tried)) as stage:
         pilot, read_seconds = _make_pilot(plan, questions, target)
-        able = [(c, s) for c in found if (s := parse_spec(c.factory, plan.dim, plan.metric)).min_train_rows
+        able = [(c, s) for c in tried if (s := parse_spec(c.factory, plan.dim, plan.metric)).min_train_rows
                 <= len(pilot.row_S)]  # fmt: skip
         threads = plan.num_threads
         wanted = sorted({num_lists(spec) for _, spec in able} - {0})
         lists = {n: run_task(find_lists, pilot.sample_SD, n, plan.metric, pilot.seed, threads, num_cpus=threads)
                  for n in wanted}  # fmt: skip
-        stage.advance(len(found) - len(able))
+        stage.advance(len(tried) - len(able))
         told: dict[str, Forecast] = {}
         for some in (_plain(able), _rotated(able)):
             some = [(c, spec) for c, spec in some if not _is_needless(c, told)]
             # A node tries one candidate at a time: what it measures are seconds.
             for position, one in run_tasks(_measure_task, some, pilot, lists, threads, num_cpus=threads):
                 candidate = some[position][0]
-                told[candidate.factory] = _forecast(one, candidate, plan, config, read_seconds)
+                told[candidate.name] = _forecast(one, candidate, plan, config, read_seconds)
                 stage.advance()
-    return [told[c.factory] for c, _ in able if c.factory in told]
+    untried = {
+        f"a sample of {len(pilot.row_S):,} rows is too small to train them": [
+            c.name for c in tried if c not in [one for one, _ in able]
+        ],
+        "the same codes keep the target without a rotation": [c.name for c, _ in able if c.name not in told],
+    }
+    return [told[c.name] for c, _ in able if c.name in told], untried
 
 
 Able = list[tuple[Candidate, IndexSpec]]
@@ -174,12 +208,14 @@ def _make_pilot(plan: BuildPlan, questions: str | None, target: float) -> tuple[
 def _gather_task(plan: BuildPlan, near: Any, num_rows: int) -> tuple[Any, ...]:
     start = time.perf_counter()
     rng = np.random.default_rng([plan.config.seed, 3])
-    rows = np.sort(rng.choice(plan.num_rows, size=num_rows, replace=False))
+    unfit = plan.unfit_rows  # nothing is to be found there
+    fit = np.setdiff1d(np.arange(plan.num_rows), unfit) if unfit else plan.num_rows
+    rows = np.sort(rng.choice(fit, size=min(num_rows, plan.num_rows - len(unfit)), replace=False))
     near = np.setdiff1d(near, rows)
     every = np.union1d(rows, near)
     vectors = embeddings.take(plan.vectors, plan.embeddings["parts"], plan.dim, every)
     is_near = np.isin(every, near)
-    shuffled = rng.permutation(num_rows)  # the first few are a sample, too
+    shuffled = rng.permutation(len(rows))  # the first few are a sample, too
     return vectors[~is_near][shuffled], rows[shuffled], vectors[is_near], near, time.perf_counter() - start
 
 
@@ -193,7 +229,7 @@ def _measure_task(
 def _forecast(
     found: Measured, candidate: Candidate, plan: BuildPlan, config: IndexConfig, read_seconds: float
 ) -> Forecast:
-    chosen = plan.config.model_copy(update={"factory": candidate.factory})
+    chosen = plan.config.model_copy(update={"factory": candidate.factory, "refine": candidate.refine})
     built = build.plan_build(plan.root, chosen, plan.snapshot, plan.embeddings, plan.num_threads)
     groups = [group for shard in built.shards for group in shard.groups]
     # A graph takes its rows in order, but on several cores.
@@ -204,12 +240,13 @@ def _forecast(
         num_cores=max(1, min(int(cluster_cpus()), at_once)),
         train_rows=min(config.train_rows or built.spec.default_train_rows(plan.num_rows), plan.num_rows),
         read_seconds=read_seconds,
+        num_readers=min(plan.num_threads, embeddings.MOST_READERS, len(plan.embeddings["parts"])),
     )
     return extrapolate(found, candidate, scale)
 
 
 def _pilot_plan(config: Config, snapshot: dict[str, Any], embedded: dict[str, Any]) -> PilotPlan:
-    flat = config.index.model_copy(update={"factory": "Flat"})
+    flat = config.index.model_copy(update={"factory": "Flat", "refine": "none"})
     plan = build.plan_build(config.root, flat, snapshot, embedded, largest_node_cpus())
     return PilotPlan(**{field.name: getattr(plan, field.name) for field in fields(plan)})
 

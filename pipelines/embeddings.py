@@ -21,7 +21,8 @@ from pipelines.schema import embedding_schema
 from pipelines.storage import Store, damaged
 
 Array = npt.NDArray[Any]
-_MOST_READERS = 8  # each holds a part, whose size is the corpus's own
+MOST_READERS = 8
+"""Threads that read parts for a sample at most: each holds one, whose size is the corpus's own."""
 _NUMPY = {"fp16": np.float16, "fp32": np.float32}
 
 
@@ -136,7 +137,7 @@ def sample(
         if first < stop:
             result[first:stop] = sample_part(store, entries[place], dim, stop - first, seed)
 
-    with ThreadPoolExecutor(min(num_threads, _MOST_READERS)) as pool:
+    with ThreadPoolExecutor(min(num_threads, MOST_READERS)) as pool:
         for _ in pool.map(draw, range(len(entries))):
             pass  # raises what a thread raised; those that wait are then cancelled
     return result

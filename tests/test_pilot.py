@@ -20,11 +20,12 @@ from pipelines.config import IndexConfig
 from pipelines.errors import ConfigError, QualityError
 from pipelines.index.balance import balance, list_sizes
 from pipelines.index.build import add, train
-from pipelines.index.candidates import Candidate
+from pipelines.index.candidates import Candidate, candidates, shortlist
 from pipelines.index.forecast import Forecast, Limits, Scale, choose, compare, extrapolate
 from pipelines.index.pilot import Measured, Pilot, find_lists, measure, num_lists
 from pipelines.index.search import exact_topk, search
 from pipelines.index.spec import parse_spec
+from pipelines.index.tiers import TwoTier
 from pipelines.index.tune import HeldOut
 from tests.checkpoints import write_sentence_transformer
 from tests.test_pipeline import pinakes, pinakes_json
@@ -51,15 +52,15 @@ def pilot_of(num: int, target: float = 0.9) -> Pilot:
     return Pilot(X[sample], sample, X[near], near, HeldOut(QUERIES, EXACT[:, :10]), target, N, 0)
 
 
-def candidate(factory: str) -> Candidate:
-    search_by = "lists" if "IVF" in factory else "graph" if "HNSW" in factory else "scan"
-    return Candidate(factory, "high", search_by, "HNSW" not in factory, 40.0, 40 * N, 40 * N)  # type: ignore[arg-type]
+def candidate(factory: str, refine: Any = "none") -> Candidate:
+    search_by: Any = "lists" if "IVF" in factory else "graph" if "HNSW" in factory else "scan"
+    return Candidate(factory, "high", search_by, "HNSW" not in factory, 40.0, 40 * N, 40 * N, refine)
 
 
-def tried(factory: str, pilot: Pilot) -> Measured:
+def tried(factory: str, pilot: Pilot, refine: str = "none") -> Measured:
     spec = parse_spec(factory, D, "ip")
     lists = find_lists(pilot.sample_SD, num_lists(spec), "ip", 0, 1) if num_lists(spec) else None
-    return measure(candidate(factory), spec, pilot, lists, 1)
+    return measure(candidate(factory, refine), spec, pilot, lists, 1)
 
 
 # Trying one candidate
@@ -78,6 +79,21 @@ def test_the_sample_tells_the_recall_that_the_whole_corpus_has(factory: str) -> 
     assert 0 < found.add_seconds < 1
     assert found.ms > 0
     assert found.p95_ms > 0
+
+
+@pytest.mark.parametrize("factory", ["IVF16,PQ8x4fs", "PCA16,IVF16,SQ8", "IVF16,RaBitQ"])
+def test_codes_with_their_vectors_behind_them_are_tried_as_they_are_served(factory: str) -> None:
+    found = tried(factory, pilot_of(SAMPLE), "exact")
+    assert list(found.params) == ["k_factor", "nprobe"]
+    whole = train(parse_spec(factory, D, "ip"), X, 0, 1)
+    add(whole, X, ROWS, 1)
+    served = TwoTier(whole, X.astype(np.float16), 0)
+    _, rows_QK = search(served, QUERIES, 10, found.params)
+    real = HeldOut(QUERIES, EXACT[:, :10]).trial(found.params, rows_QK, 1.0)
+    assert abs(found.recall - real.recall) < 0.04 + found.half_width + real.half_width
+    assert found.reached
+    assert found.recall >= tried(factory, pilot_of(SAMPLE)).recall - 0.02
+    assert found.ms > 0
 
 
 def test_without_the_near_rows_codes_would_look_better_than_they_are() -> None:
@@ -128,6 +144,8 @@ def test_training_grows_with_the_rows_that_it_looks_at() -> None:
     most = extrapolate(measured(), candidate("IVF64,SQ8"), replace(scale, train_rows=10**6))
     assert most.train_seconds == pytest.approx(2.0 * 256 * 64 / 1000 + 65.536 + 8.0, rel=1e-3)
     assert found.add_seconds == pytest.approx((10**6 * 1e-4 + 8.0) / 4)
+    read_by_two = extrapolate(measured(), candidate("IVF64,SQ8"), replace(scale, num_readers=2))
+    assert read_by_two.train_seconds == pytest.approx(found.train_seconds - 4.0)
     untrained = measured(num_lists=0, list_seconds=0.0, code_seconds=0.0)
     assert extrapolate(untrained, candidate("Flat"), scale).train_seconds == 0
 
@@ -143,6 +161,49 @@ def test_more_rows_never_cost_less(rows: int, more: int, shards: int, seed: int)
     assert 0 <= small.ms <= large.ms
     assert 0 < small.add_seconds <= large.add_seconds
     assert math.isfinite(large.ms)
+
+
+# What is tried
+
+
+def flat_bytes(num_rows: int, dim: int) -> int:
+    return next(c.memory_bytes for c in candidates(num_rows, dim, "ip") if c.factory == "Flat")
+
+
+@pytest.mark.parametrize(("num_rows", "dim"), [(600, 384), (40_000, 384), (3, 8)])
+def test_small_corpora_try_no_lossy_codes_unless_memory_is_smaller_still(num_rows: int, dim: int) -> None:
+    every = candidates(num_rows, dim, "ip")
+    few, why = shortlist(every, num_rows, dim, math.inf)
+    lossless = [c for c in every if c.recall in ("exact", "near exact")]
+    is_small = flat_bytes(num_rows, dim) <= 8_000_000
+    assert few == (lossless if is_small else every)
+    assert bool(why) == is_small
+    assert {"Flat", "HNSW32"} <= {c.factory for c in few}
+    tight, _ = shortlist(every, num_rows, dim, flat_bytes(num_rows, dim) - 1)
+    assert tight[: len(every)] == every
+    assert {c.refine for c in tight[len(every) :]} <= {"exact"}
+
+
+@settings(max_examples=60, deadline=None)
+@given(num_rows=st.integers(1, 10**8), dim=st.integers(1, 900), memory=st.floats(1, 1e13), wanted=st.booleans())
+def test_two_tiers_are_offered_where_the_vectors_do_not_fit(
+    num_rows: int, dim: int, memory: float, wanted: bool
+) -> None:
+    every = candidates(num_rows, dim, "ip")
+    few, _ = shortlist(every, num_rows, dim, memory, "exact" if wanted else "none")
+    by_name = {c.factory: c for c in every}
+    tiers = [c for c in few if c.refine == "exact"]
+    assert few
+    assert len({c.name for c in few}) == len(few)
+    assert not tiers or wanted or flat_bytes(num_rows, dim) > memory
+    assert all(c in every for c in few if c.refine == "none")
+    assert not (wanted and tiers) or tiers == few
+    if flat_bytes(num_rows, dim) > memory and any(c.factory.endswith(",RaBitQ") for c in every):
+        assert any(c.factory.endswith(",RaBitQ") for c in tiers)
+    for tier in tiers:
+        codes = by_name[tier.factory]
+        assert tier.memory_bytes == codes.memory_bytes
+        assert tier.file_bytes == codes.file_bytes + 2 * num_rows * dim
 
 
 # Choosing
@@ -162,6 +223,9 @@ def test_the_cheapest_that_keeps_the_target_within_the_limits_is_chosen() -> Non
     assert choose(FOUND, 0.9, Limits(memory_bytes=450)).factory == "SQ8"
     assert choose(FOUND, 0.9, Limits(ms=1.0)).factory == "HNSW32"
     assert choose(list(reversed(FOUND)), 0.9, Limits(memory_bytes=100, ms=6.0)).factory == "SQ8"
+    tier = replace(FOUND[3], refine="exact", recall=0.95, reached=True, index_bytes=220)
+    chosen = choose([*FOUND, tier], 0.9, Limits(memory_bytes=50))
+    assert (chosen.factory, chosen.refine, chosen.name) == ("IVF,PQ", "exact", "IVF,PQ with index.refine: exact")
 
 
 def test_a_refusal_names_the_nearest_that_can_be_had() -> None:
@@ -191,6 +255,10 @@ def test_what_happened_is_set_beside_the_forecast_where_this_run_did_the_work() 
     assert figures["ms"]["ratio"] == 1.5
     assert figures["train_seconds"]["ratio"] == 2.0
     assert "add_seconds" not in figures  # half of it was done before
+    two_tier = {**told, "index_bytes": 300}  # 100 of codes, 200 of vectors
+    figures = compare(two_tier, version | {"files": files | {"vectors-000.npy": {"num_bytes": 200}}}, {})["figures"]
+    assert figures["index_bytes"]["actual"] == 310
+    assert figures["memory_bytes"]["actual"] == 110
 
 
 # Lists
@@ -274,11 +342,38 @@ def test_auto_builds_what_the_pilot_chose_and_a_second_run_chooses_the_same(cats
     assert version["recall"]["value"] >= 0.5
     planned = pinakes_json("plan", auto, "--pilot", "--quiet")
     assert planned["chosen"] == version["factory"]
-    assert {"Flat", "SQ8", "HNSW32"} <= {c["factory"] for c in planned["candidates"]}
+    assert {"Flat", "SQfp16", "HNSW32"} <= {c["factory"] for c in planned["candidates"]}
+    (why, names), *others = planned["untried"].items()
+    assert "SQ8" in names
+    assert "nothing to save where the vectors take" in why
+    assert told["untried"] == planned["untried"] == {why: names, **dict(others)}
+    assert not {c["factory"] for c in planned["candidates"]} & {
+        name for few in planned["untried"].values() for name in few
+    }
+    shown = " ".join(pinakes("plan", auto, "--pilot", "--quiet").split())
+    assert "Not tried: " in shown
     assert pinakes_json("index", auto, "--quiet")["version"] == version["version"]
     explicit = cats.config(factory=version["factory"], min_recall=0.5)
     assert pinakes_json("index", explicit, "--quiet")["version"] == version["version"]
     assert publish.list_versions(cats.root, "cats") == [version["version"]]
+
+
+def test_auto_builds_codes_with_their_vectors_on_disk_where_that_is_asked_for(cats: Corpus) -> None:
+    auto = cats.config(factory="auto", min_recall=0.5, refine="exact")
+    version = pinakes_json("index", auto, "--quiet")
+    told, files = version["forecast"], version["files"]
+    assert version["config"]["refine"] == told["refine"] == "exact"
+    assert "IVF" in version["factory"]
+    assert version["recall"]["value"] >= 0.5
+    vectors = sum(file["num_bytes"] for name, file in files.items() if name.startswith("vectors-"))
+    assert vectors >= 2 * 250 * version["dim"]
+    assert told["figures"]["index_bytes"]["ratio"] == pytest.approx(1.0, abs=0.1)
+    assert told["figures"]["memory_bytes"]["forecast"] < told["figures"]["index_bytes"]["forecast"]
+    assert any("their vectors on disk" in why for why in told["untried"])
+    planned = pinakes_json("plan", auto, "--pilot", "--quiet")
+    assert (planned["chosen"], planned["refine"]) == (version["factory"], "exact")
+    page = (Path(cats.root) / "indexes" / "cats" / version["version"] / "report.html").read_text()
+    assert "Not tried" in page
 
 
 def test_limits_that_no_index_keeps_are_refused_and_those_that_one_keeps_are_kept(cats: Corpus) -> None:
@@ -293,5 +388,8 @@ def test_limits_that_no_index_keeps_are_refused_and_those_that_one_keeps_are_kep
     by_name = {c["factory"]: c for c in planned["candidates"]}
     assert by_name[planned["chosen"]]["memory_bytes"] <= 25_000
     assert not by_name["Flat"]["fits"]
+    tiers = [c for c in planned["candidates"] if c["refine"] == "exact"]
+    assert tiers  # the vectors do not fit
+    assert all(c["index_bytes"] > c["memory_bytes"] for c in tiers)
     assert "add --pilot" in pinakes("plan", fixed, "--min-recall", "0.9", code=ConfigError.exit_code)
     assert "--rows" in pinakes("plan", fixed, "--pilot", "--rows", "5", code=ConfigError.exit_code)

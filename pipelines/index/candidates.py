@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
 from pipelines.errors import ConfigError
 from pipelines.index.spec import IndexSpec, Metric, new_index, parse_spec
 from pipelines.index.structure import layers, trained_parts, transforms
+from pipelines.sizes import human_bytes
 
+Refine = Literal["none", "exact"]
 RecallClass = Literal["exact", "near exact", "high", "medium", "low"]
 Search = Literal["scan", "lists", "graph"]
 RECALL_CLASSES: tuple[RecallClass, ...] = ("exact", "near exact", "high", "medium", "low")
@@ -27,13 +29,16 @@ _PACKED = 32  # fast-scan codes come in blocks of that many vectors
 _MOST_TABLE_BYTES = 2**31  # FAISS's own bound for tables that it computes beforehand
 _CODES = ("Flat", "SQfp16", "SQ8")
 _LARGER_GRAPH = 64
+_ROTATION = "OPQ"
+_NOTHING_TO_SAVE = 8_000_000  # bytes of vectors below which no codes are tried: every search of them takes about 1 ms
 
 
 @dataclass(frozen=True)
 class Candidate:
     """One valid index. file_bytes: of all its shard files; memory_bytes: of a process that has them all in memory.
 
-    search: whether a query reads every vector, some lists of them, or walks a graph.
+    search: whether a query reads every vector, some lists of them, or walks a graph. refine: whether its vectors lie
+    beside the codes, on disk, which then count as files.
     """
 
     factory: str
@@ -43,6 +48,11 @@ class Candidate:
     bytes_per_vector: float
     file_bytes: int
     memory_bytes: int
+    refine: Refine = "none"
+
+    @property
+    def name(self) -> str:
+        return named(self.factory, self.refine)
 
     def fits(self, budget_bytes: int | None) -> bool:
         return budget_bytes is None or self.memory_bytes <= budget_bytes
@@ -69,6 +79,41 @@ def candidates(num_rows: int, dim: int, metric: Metric, num_shards: int = 1) -> 
     if not found:
         parse_spec("Flat", dim, metric)  # says what is wrong with the width or the metric
     return sorted(found, key=lambda c: (RECALL_CLASSES.index(c.recall), c.memory_bytes, c.factory))
+
+
+def named(factory: str, refine: str) -> str:
+    """Return what an index is called where there are some with, and some without their vectors beside them."""
+    return factory if refine == "none" else f"{factory} with index.refine: {refine}"
+
+
+def shortlist(
+    found: Sequence[Candidate], num_rows: int, dim: int, memory_bytes: float, refine: Refine = "none"
+) -> tuple[list[Candidate], str]:
+    """Return those of `found` that are worth the time of a pilot, and in words why the others are not.
+
+    memory_bytes: what a replica may hold. Where the vectors themselves do not fit, the two-tier forms of lossy codes
+    join; where they take next to nothing, lossy codes have nothing to offer. refine: exact leaves the two-tier forms.
+    """
+    flat_bytes = next(c.memory_bytes for c in found if c.factory == "Flat")
+    if refine == "exact" and (tiers := _two_tiers(found, num_rows, dim)):
+        return tiers, "index.refine: exact wants codes in memory and their vectors on disk"
+    if flat_bytes > memory_bytes:
+        return [*found, *_two_tiers(found, num_rows, dim)], ""
+    if flat_bytes <= _NOTHING_TO_SAVE:
+        few = [c for c in found if not _is_lossy(c)]
+        return few, f"lossy codes have nothing to save where the vectors take {human_bytes(flat_bytes)}"
+    return list(found), ""
+
+
+def _two_tiers(found: Sequence[Candidate], num_rows: int, dim: int) -> list[Candidate]:
+    """Return lists of lossy codes with their fp16 vectors on disk, but no rotations: the vectors replace their gain."""
+    coarse = [c for c in found if c.search == "lists" and _is_lossy(c) and not c.factory.startswith(_ROTATION)]
+    vectors_bytes = 2 * num_rows * dim
+    return [replace(c, refine="exact", recall="near exact", file_bytes=c.file_bytes + vectors_bytes) for c in coarse]
+
+
+def _is_lossy(candidate: Candidate) -> bool:
+    return candidate.recall not in ("exact", "near exact")
 
 
 def finer(spec: IndexSpec) -> list[str]:

@@ -10,7 +10,7 @@ The model, with N rows of the corpus, S of the sample, s shards, p cores that ad
              graph: s · log(N/s) / log(S), a walk's length being logarithmic in the rows
     train    lists: k-means takes iterations · rows · lists · width, and only the rows differ (at most 256 a list);
              codes and transforms: as measured, times the rows they look at (FAISS takes no more than 65,536)
-             and reading the parts, which a sample of the whole corpus needs
+             and reading the parts, which a sample of the whole corpus needs, on several cores
     add      N rows at the seconds of one core each (a graph's by the same logarithm), and reading them, over p cores
     bytes    see pipelines/index/candidates.py: what FAISS writes, counted
 """
@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipelines.errors import QualityError
-from pipelines.index.candidates import Candidate
+from pipelines.index.candidates import Candidate, named
 from pipelines.index.pilot import Measured
 from pipelines.sizes import human_bytes
 
@@ -38,7 +38,7 @@ class Scale:
     """What is to be built of the pilot's finding, and where.
 
     num_cores: how many work at adding; train_rows: what training is given; read_seconds: one core's, for reading all
-    embedding parts.
+    embedding parts; num_readers: how many cores read them for training.
     """
 
     num_rows: int
@@ -46,6 +46,7 @@ class Scale:
     num_cores: int
     train_rows: int
     read_seconds: float
+    num_readers: int = 1
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,11 @@ class Forecast:
     index_bytes: int
     train_seconds: float
     add_seconds: float
+    refine: str = "none"
+
+    @property
+    def name(self) -> str:
+        return named(self.factory, self.refine)
 
     @property
     def cost(self) -> float:
@@ -111,8 +117,9 @@ def extrapolate(found: Measured, candidate: Candidate, scale: Scale) -> Forecast
         p95_ms=round(found.p95_ms * ms / found.ms, 4),
         memory_bytes=candidate.memory_bytes,
         index_bytes=candidate.file_bytes,
-        train_seconds=round(lists + codes + (scale.read_seconds if trains else 0), 3),
+        train_seconds=round(lists + codes + (scale.read_seconds / scale.num_readers if trains else 0), 3),
         add_seconds=round((scale.num_rows * per_row + scale.read_seconds) / scale.num_cores, 3),
+        refine=candidate.refine,
     )
 
 
@@ -126,15 +133,15 @@ def choose(found: Sequence[Forecast], target: float, limits: Limits) -> Forecast
     fit = [f for f in found if f.keeps(limits)]
     both = [f for f in keep if f in fit]
     if both:
-        return min(both, key=lambda f: (f.cost, f.factory))
+        return min(both, key=lambda f: (f.cost, f.name))
     within = f" within {limits}" if str(limits) else ""
     offers = []
     if keep:
         near = min(keep, key=lambda f: max(f.memory_bytes / limits.memory_bytes, f.p95_ms / limits.ms))
-        offers.append(f"{near.factory!r} keeps it with {human_bytes(near.memory_bytes)} and {near.p95_ms:.3g} ms")
+        offers.append(f"{near.name!r} keeps it with {human_bytes(near.memory_bytes)} and {near.p95_ms:.3g} ms")
     if fit:
         best = max(fit, key=lambda f: (f.recall, -f.cost))
-        offers.append(f"{best.factory!r} fits and reaches {best.recall:.3f}")
+        offers.append(f"{best.name!r} fits and reaches {best.recall:.3f}")
     raise QualityError(
         f"no index keeps recall@10 {target}{within}",
         where=f"{len(found)} candidates tried on a sample",
@@ -149,13 +156,14 @@ def compare(forecast: Mapping[str, Any], version: Mapping[str, Any], stages: Map
     version: the manifest of the finished build; stages: its stages' seconds, where `made` and `reused` tell whether
     this run did the work, which alone can be compared.
     """
-    shards = sum(f["num_bytes"] for name, f in version["files"].items() if name.startswith("shard-"))
+    files = version["files"].items()
+    on_disk = sum(file["num_bytes"] for name, file in files if name.startswith(("shard-", "vectors-")))
     seconds = {name: s["seconds"] for name, s in stages.items() if s.get("made") and not s.get("reused")}
     actual = {
         "recall": version["recall"]["value"],
         "ms": version["recall"].get("ms"),
-        "index_bytes": shards,
-        "memory_bytes": shards + forecast["memory_bytes"] - forecast["index_bytes"],
+        "index_bytes": on_disk,
+        "memory_bytes": on_disk + forecast["memory_bytes"] - forecast["index_bytes"],
         "train_seconds": seconds.get("train") if forecast["train_seconds"] else None,
         "add_seconds": seconds.get("add"),
     }

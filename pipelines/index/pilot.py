@@ -22,7 +22,8 @@ from pipelines.index.kmeans import coarse_of, in_front, preset
 from pipelines.index.search import exact_topk, search
 from pipelines.index.spec import IndexSpec, Metric, new_index, parse_spec
 from pipelines.index.structure import layers
-from pipelines.index.tune import HeldOut, Params, Trial, Tuned, knobs, tune
+from pipelines.index.tiers import TwoTier, codes_of
+from pipelines.index.tune import HeldOut, Params, Trial, Tuned, knobs, refinement_knob, tune
 
 Array = npt.NDArray[Any]
 Rows = npt.NDArray[np.int64]
@@ -115,7 +116,7 @@ def measure(candidate: Candidate, spec: IndexSpec, pilot: Pilot, lists: Lists | 
     if candidate.search == "graph":
         tuned, add_seconds, fills, p95_ms = _on_graph(trained, pilot, num_threads)
     else:
-        tuned, add_seconds, fills, p95_ms = _on_codes(trained, pilot)
+        tuned, add_seconds, fills, p95_ms = _on_codes(trained, pilot, candidate.refine == "exact")
     return Measured(
         factory=candidate.factory,
         search=candidate.search,
@@ -136,21 +137,42 @@ def measure(candidate: Candidate, spec: IndexSpec, pilot: Pilot, lists: Lists | 
 _Found = tuple[Tuned, float, tuple[tuple[int, float], tuple[int, float]], float]
 
 
-def _on_codes(trained: Any, pilot: Pilot) -> _Found:
-    """Tune on the sample with the near rows, then time two fills of the sample alone."""
+def _on_codes(trained: Any, pilot: Pilot, refines: bool) -> _Found:
+    """Tune on the sample with the near rows, then time two fills of the sample alone.
+
+    refines: with the vectors behind the codes. They are in memory here, as those asked for often are when serving.
+    """
+    pilot = _by_place(pilot) if refines else pilot
+    with np.errstate(over="ignore"):  # such vectors find nothing, and no build takes them
+        behind = np.concatenate([pilot.sample_SD, pilot.near_ND]).astype(np.float16) if refines else None
+
+    def searched(index: Any) -> Any:
+        return index if behind is None else TwoTier(index, behind[: index.ntotal], 0)
+
     dense = clone_empty(trained)
     add(dense, pilot.sample_SD, pilot.row_S)
     add(dense, pilot.near_ND, pilot.row_N)
-    tuned = _tuned(dense, pilot)
+    tuned = _tuned(searched(dense), pilot)
     del dense
     index, few = clone_empty(trained), max(1, len(pilot.row_S) // _FEW)
     add(index, pilot.sample_SD[:few], pilot.row_S[:few], num_threads=1)
-    first = _ms(index, pilot, tuned.best.params)
+    first = _ms(searched(index), pilot, tuned.best.params)
     start = time.perf_counter()
     add(index, pilot.sample_SD[few:], pilot.row_S[few:], num_threads=1)
     add_seconds = (time.perf_counter() - start) / max(1, len(pilot.row_S) - few)
-    fills = (few, first), (len(pilot.row_S), _ms(index, pilot, tuned.best.params))
-    return tuned, add_seconds, fills, _p95_ms(index, pilot, tuned.best.params)
+    whole = searched(index)
+    fills = (few, first), (len(pilot.row_S), _ms(whole, pilot, tuned.best.params))
+    return tuned, add_seconds, fills, _p95_ms(whole, pilot, tuned.best.params)
+
+
+def _by_place(pilot: Pilot) -> Pilot:
+    """Return the pilot with places in (sample, near rows) for rows: a shard's vectors lie in the order of its rows."""
+    every = np.concatenate([pilot.row_S, pilot.row_N])
+    ascending = np.argsort(every)
+    exact_QK = ascending[np.searchsorted(every, pilot.asked.exact_QK, sorter=ascending)]
+    place = np.arange(len(every), dtype=np.int64)
+    num = len(pilot.row_S)
+    return replace(pilot, row_S=place[:num], row_N=place[num:], asked=HeldOut(pilot.asked.queries_QD, exact_QK))
 
 
 def _on_graph(trained: Any, pilot: Pilot, num_threads: int) -> _Found:
@@ -212,8 +234,10 @@ def _tuned(index: Any, pilot: Pilot, smaller: tuple[Any, Pilot] | None = None) -
         lost = max(0.0, _trial(*smaller, params).recall - trial.recall) * steps
         return replace(trial, recall=max(0.0, trial.recall - lost))
 
-    tunable = knobs(index, pilot.num_rows, pilot.asked.k)
-    if tunable:
+    tunable = knobs(codes_of(index), pilot.num_rows, pilot.asked.k)
+    if isinstance(index, TwoTier):
+        tunable = [refinement_knob(index.d, pilot.num_rows, pilot.asked.k), *tunable]
+    if tunable := [knob for knob in tunable if knob.most > knob.least]:
         return tune(tunable, tried, pilot.target)
     only = tried({})
     return Tuned(only, only.recall >= pilot.target, (only,))

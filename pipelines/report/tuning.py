@@ -72,9 +72,15 @@ def forecast_section(forecast: Mapping[str, Any]) -> Html:
             rows.append([_figure(str(key)), _told(str(key), expected), _told(str(key), actual), share])
     asked = as_mapping(forecast.get("asked"))
     wanted = {in_words(key): value for key, value in asked.items() if value is not None}
-    facts = [("Chosen", forecast.get("factory")), ("Asked for", on_one_line(wanted))] if forecast else []
+    untried = as_mapping(forecast.get("untried")).items()
+    facts = [
+        ("Chosen", forecast.get("factory")),
+        ("Vectors beside its codes", "on disk" if forecast.get("refine") == "exact" else None),
+        ("Asked for", on_one_line(wanted)),
+        ("Not tried", "; ".join(f"{on_one_line(names)}: {why}" for why, names in untried) or None),
+    ]
     table = to_table("Forecast and outcome", ["Figure", "Forecast", "Outcome", "Outcome / forecast"], rows)
-    return join([table, to_facts("Choice of the index", facts)])
+    return join([table, to_facts("Choice of the index", facts if forecast else [])])
 
 
 def _figure(key: str) -> str:
