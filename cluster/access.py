@@ -2,7 +2,8 @@
 
     id -> room -> key -> rate -> body -> the routes -> headers -> metrics, log, trace
 
-An error that nobody expected ends here, too: the caller learns the request's id, the log all the rest.
+Refusals for want of room, or beyond the rate, are held back (`cluster.admission`). An error that nobody expected ends
+here, too: the caller learns the request's id, the log all the rest.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import ipaddress
 import re
 import time
 import uuid
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import nullcontext
 from typing import Any
 
+from cluster.admission import RateLimit, Room
 from cluster.problems import Problem, busy, failed
 from cluster.telemetry import Metrics, Tracer, log_line
 from pipelines.access_keys import AccessKey, KeyRing
@@ -28,11 +30,13 @@ Send = Callable[[Message], Awaitable[None]]
 _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 _OPEN = {"/", "/health", "/ready", "/docs", "/openapi.json"}
-_ALWAYS = {"/health", "/ready", "/metrics"}
+ALWAYS = {"/health", "/ready", "/metrics"}
+"""Operators' paths, which are answered however many requests are under way."""
+ADMITTED = "pinakes.admitted"
+"""The key of a scope whose request has its place already (`cluster.door`)."""
 _BODY_SECONDS = 30.0
 _KEYS_SECONDS = 1.0
 _MOST_DIGITS = 18
-_MAX_CALLERS = 10_000
 _GONE = 499
 """In logs and metrics alone: the caller did not wait for the answer (nginx made the number known)."""
 _HEADERS = {
@@ -47,39 +51,6 @@ _HEADERS = {
 
 class _Gone(Exception):
     """The caller went away before the request was whole."""
-
-
-class RateLimit:
-    """A token bucket for each caller, in this replica: `burst` queries at once, then `rate` a second.
-
-    A batch is let in when one query would be, and its other queries are charged then: callers go into debt and wait it
-    out. Callers not heard of for longest are forgotten beyond 10,000.
-    """
-
-    def __init__(self, rate: float, burst: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self.rate, self.burst, self._clock = rate, burst, clock
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
-
-    def wait_seconds(self, caller: str) -> float:
-        """Take one query's token and return 0, or return the seconds until there will be one."""
-        left = self._left(caller)
-        if left < 1:
-            return (1 - left) / self.rate
-        self._keep(caller, left - 1)
-        return 0.0
-
-    def charge(self, caller: str, num: int) -> None:
-        self._keep(caller, self._left(caller) - num)
-
-    def _left(self, caller: str) -> float:
-        tokens, at = self._buckets.get(caller, (float(self.burst), self._clock()))
-        return min(float(self.burst), tokens + (self._clock() - at) * self.rate)
-
-    def _keep(self, caller: str, tokens: float) -> None:
-        self._buckets[caller] = (tokens, self._clock())
-        self._buckets.move_to_end(caller)
-        if len(self._buckets) > _MAX_CALLERS:
-            self._buckets.popitem(last=False)
 
 
 class Call:
@@ -121,7 +92,7 @@ class Call:
 
 class Access:
     """The middleware. keys: None where no key is ever needed. tells_id: whether answers bear the request's id; Ray
-    Serve's proxies add it themselves."""
+    Serve's proxies add it themselves. room: if others count it, too."""
 
     def __init__(
         self,
@@ -131,11 +102,13 @@ class Access:
         metrics: Metrics,
         tracer: Tracer | None = None,
         tells_id: bool = True,
+        room: Room | None = None,
     ) -> None:
         self.app, self.config, self.keys, self.metrics, self.tracer = app, config, keys, metrics, tracer
         self.tells_id = tells_id
         self.limit = RateLimit(config.rate_per_second, config.rate_burst) if config.rate_per_second else None
-        self.in_flight = 0
+        self.room = room or Room(config.max_ongoing, config.hold_ms / 1000)
+        metrics.watch(self.room)
         self._reading: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -144,11 +117,8 @@ class Access:
             return
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         call = scope["pinakes"] = Call(scope, headers, send, self.tells_id)
-        self._count(1)
         try:
-            await self.app(scope, await self._admit(scope, headers, receive, call), call.send)
-        except Problem as problem:
-            await call.refuse(problem, receive)
+            await self._answer(scope, headers, receive, call)
         except _Gone:
             call.status = _GONE
         except asyncio.CancelledError:
@@ -160,18 +130,19 @@ class Access:
                 raise  # part of an answer is out: the server cuts the connection, and the caller sees it
             await call.refuse(failed(), receive)
         finally:
-            self._count(-1)
             self._record(scope["method"], headers, call)
 
-    def _count(self, step: int) -> None:
-        self.in_flight += step
-        self.metrics.in_flight(self.in_flight)
+    async def _answer(self, scope: Message, headers: dict[str, str], receive: Receive, call: Call) -> None:
+        path = path_of(scope)
+        try:
+            with nullcontext() if ADMITTED in scope else self.room.place(always=path in ALWAYS):
+                await self.app(scope, await self._admit(path, scope, headers, receive, call), call.send)
+        except Problem as problem:
+            await self.room.put_off(problem, headers)
+            await call.refuse(problem, receive)
 
-    async def _admit(self, scope: Message, headers: dict[str, str], receive: Receive, call: Call) -> Receive:
+    async def _admit(self, path: str, scope: Message, headers: dict[str, str], receive: Receive, call: Call) -> Receive:
         """Return a `receive` that gives the whole body. Raises Problem for who may not pass."""
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if self.in_flight > self.config.max_ongoing and path not in _ALWAYS:
-            raise busy(f"{self.config.max_ongoing} requests are under way", "in_flight", 1.0)
         if self.keys is not None:
             await self._refresh(self.keys)
             call.key = self._key(self.keys, headers)
@@ -246,6 +217,11 @@ class Access:
             log_line("request", {**told, "ms": round(seconds * 1000, 3), **who, **refused, **call.facts})
         if self.tracer:
             self.tracer.request(call, method, headers)
+
+
+def path_of(scope: Message) -> str:
+    """Return the path without the prefix that a server before this one took off."""
+    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
 
 
 async def _read(receive: Receive, most: int) -> bytes:

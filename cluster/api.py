@@ -20,6 +20,7 @@ from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 
 from cluster.access import Access, Call
+from cluster.admission import Room
 from cluster.api_docs import DOCS_POLICY, describe, docs_page
 from cluster.api_models import (
     NAME_PATTERN,
@@ -106,18 +107,24 @@ class Backend(Protocol):
 
 
 def build_api(
-    backend: Callable[[], Backend], config: ServeConfig, keys: KeyFile | None = None, *, tells_id: bool = True
+    backend: Callable[[], Backend],
+    config: ServeConfig,
+    keys: KeyFile | None = None,
+    *,
+    tells_id: bool = True,
+    room: Room | None = None,
 ) -> FastAPI:
     """Return the application, to be built where it runs. `backend` is called on each request.
 
-    keys: the file of the API keys. tells_id: False where the server before it adds X-Request-Id to answers.
+    keys: the file of the API keys. tells_id: False where the server before it adds X-Request-Id to answers. room: where
+    a door before it (`cluster.door`) counts the same.
     Raises ConfigError when the config wants keys and no file of them is given.
     """
     ring = _ring(config, keys)
     # FastAPI's own /docs needs the internet, and its redirects of `path/` would pass by what Access knows of paths.
     app = FastAPI(title="Pinakes", version="1", docs_url=None, redoc_url=None, redirect_slashes=False)
     metrics, tracer = Metrics(), Tracer.from_environment()
-    app.add_middleware(Access, config=config, keys=ring, metrics=metrics, tracer=tracer, tells_id=tells_id)
+    app.add_middleware(Access, config=config, keys=ring, metrics=metrics, tracer=tracer, tells_id=tells_id, room=room)
     _handle_errors(app)
     _add_search(app, backend, config, metrics)
     _add_operations(app, backend, config, metrics)

@@ -36,6 +36,9 @@ _DETAIL_OF_500 = "the cause is in the server's log, under the request's id"
 class Problem(Exception):
     """Refuse the request under way. reason: one word for logs and metrics."""
 
+    retry_seconds = 0.0
+    """After which the same request may do better; 0 where it would not."""
+
     def __init__(self, status: int, detail: str, reason: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(detail)
         # A detail may repeat what was sent, and that may be no text at all: half a surrogate pair.
@@ -47,13 +50,21 @@ class Problem(Exception):
         told = {"title": TITLES.get(self.status, "The request failed"), "status": self.status, "detail": self.detail}
         return {"type": f"/docs#problem-{self.status}", **told, "instance": f"urn:pinakes:request:{request_id}"}
 
+    def waited(self, seconds: float) -> None:
+        """Take a time that has passed off the Retry-After, which is in whole seconds and never none."""
+        self.retry_seconds = max(0.0, self.retry_seconds - seconds)
+        self.headers["Retry-After"] = str(max(1, math.ceil(self.retry_seconds)))
+
     def response(self, request_id: str) -> Response:
         return Response(to_json(self.content(request_id)), self.status, self.headers, MEDIA_TYPE)
 
 
 def busy(detail: str, reason: str, retry_seconds: float, status: int = 503) -> Problem:
     """Return a refusal for now, with Retry-After in whole seconds."""
-    return Problem(status, detail, reason, {"Retry-After": str(max(1, math.ceil(retry_seconds)))})
+    problem = Problem(status, detail, reason)
+    problem.retry_seconds = retry_seconds
+    problem.waited(0.0)
+    return problem
 
 
 def of_error(error: PinakesError) -> Problem:

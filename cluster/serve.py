@@ -30,7 +30,9 @@ from pipelines.errors import ConfigError, PinakesError
 _SHARD_CPUS = 0.2
 _GATEWAY_CPUS = 0.5
 _HEALTH_SECONDS = 30.0
-_REFUSALS = 64  # requests that a replica takes on beyond its own limit, to refuse them itself, in the API's words
+# Requests that a gateway takes on beyond its own limit, to refuse them itself, in the API's words and when it is time;
+# Ray Serve would do it in plain text. HAProxy lets no more connections in than this.
+_REFUSALS = 4096
 _BUSY_REQUESTS = 16  # under way at a replica, on average, beyond which another one is started
 
 
@@ -50,7 +52,9 @@ def application(aliases: list[str], config: Config) -> Any:
         ]
     reranker = _stage(Reranker, config.rerank, settings) if config.rerank else None
     reader = _stage(Reader, config.answer, settings) if config.answer else None
-    gateway = _deployment(Gateway, settings, settings.replicas, num_cpus=_GATEWAY_CPUS)
+    gateway = _deployment(Gateway, settings, settings.replicas, num_cpus=_GATEWAY_CPUS).options(
+        max_ongoing_requests=settings.max_ongoing + _REFUSALS, max_queued_requests=_REFUSALS
+    )
     return gateway.bind(root, aliases, config.model_dump(), _num_threads(settings), shards, reranker, reader)
 
 
@@ -74,7 +78,7 @@ def _deployment(kind: Any, settings: ServeConfig, replicas: int | tuple[int, int
         **name,
         **scale,
         ray_actor_options=options,
-        max_ongoing_requests=settings.max_ongoing + _REFUSALS,
+        max_ongoing_requests=settings.max_ongoing,
         max_queued_requests=settings.max_queued,
         backpressure_config={"status_code": 503, "retry_after_s": 1},
     )

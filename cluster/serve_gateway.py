@@ -19,6 +19,7 @@ from ray import serve
 from cluster import switch
 from cluster.api import SearchRequest, build_api, found_json, key_file
 from cluster.batcher import Batcher, Wanted
+from cluster.door import share_room
 from cluster.serve_follow import Follower
 from cluster.serve_stages import ShardDeployments, within
 from cluster.serve_versions import Versions
@@ -77,7 +78,8 @@ class Gateway:
         self._following = asyncio.get_running_loop().create_task(self.follower.run())
 
     def __serve_build_asgi_app__(self) -> Any:
-        return build_api(lambda: self, self.config, key_file(self.config, self.root), tells_id=False)
+        keys, room = key_file(self.config, self.root), share_room(self.config)
+        return build_api(lambda: self, self.config, keys, tells_id=False, room=room)
 
     def _load(self, manifest: dict[str, Any]) -> Retriever:
         # In placement "spread" the retriever keeps encoder and passages; the shards are elsewhere.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 from cluster import signals
-from pipelines.config import ClusterConfig
+from pipelines.config import ClusterConfig, ServeConfig
 from pipelines.errors import ConfigError, PinakesError
 
 HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
@@ -19,12 +20,19 @@ imported."""
 HAPROXY_RETRIES = ("RAY_SERVE_HAPROXY_RETRY_ON", "conn-failure empty-response")
 """Ask another replica when one dies before it has answered, instead of failing: searching twice does no harm."""
 
+DOOR = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "cluster.door:middlewares"}
+DOOR_LIMITS = "PINAKES_DOOR"
+"""The requests that Serve's proxies let in, and the seconds that a refusal is held back, as JSON."""
+
 _results: TextIO | None = None
 
 
-def choose_proxy(proxy: str) -> None:
+def choose_proxy(settings: ServeConfig) -> None:
     """Set what a cluster that this process starts needs for `serve.proxy`; before it starts, and Serve is imported."""
-    if proxy == "haproxy":
+    replicas = settings.replicas if isinstance(settings.replicas, int) else settings.replicas[1]
+    os.environ.update(DOOR)
+    os.environ[DOOR_LIMITS] = json.dumps([settings.max_ongoing * replicas, settings.hold_ms / 1000])
+    if settings.proxy == "haproxy":
         os.environ.update(HAPROXY)
         os.environ.setdefault(*HAPROXY_RETRIES)
 

@@ -41,7 +41,8 @@ class Metrics:
         self._queries = make(Counter, "queries", "Queries answered.", "alias", "version")
         self._incomplete = make(Counter, "incomplete_answers", "Answers that lack a stage or a shard.", "alias")
         self._refused = make(Counter, "refused_requests", "Requests refused.", "reason")
-        self._in_flight = make(Gauge, "requests_in_flight", "Requests under way.")
+        self._in_flight = make(Gauge, "requests_in_flight", "Requests that are worked on.")
+        self._held = make(Gauge, "refusals_held", "Refusals that are held back.")
         self._version = make(
             Gauge, "version_info", "Versions loaded; state says which is current.", "alias", "version", "state"
         )
@@ -53,8 +54,11 @@ class Metrics:
     def refused(self, reason: str) -> None:
         self._refused.labels(reason, self.replica).inc()
 
-    def in_flight(self, number: int) -> None:
-        self._in_flight.labels(self.replica).set(number)
+    def watch(self, room: Any) -> None:
+        """Tell, whenever somebody looks, how full the room (`cluster.admission`) is, and count whom it turns away."""
+        room.refused = self.refused
+        self._in_flight.labels(self.replica).set_function(lambda: room.working)
+        self._held.labels(self.replica).set_function(lambda: room.held)
 
     def answer(self, answer: Mapping[str, Any], num_queries: int) -> None:
         """Count a SearchResponse."""
@@ -110,6 +114,7 @@ class Tracer:
     def __init__(self, provider: Any) -> None:
         from opentelemetry import propagate, trace
 
+        self._provider = provider
         self._tracer, self._extract = provider.get_tracer("pinakes"), propagate.extract
         self._kind, self._within = trace.SpanKind, trace.set_span_in_context
 
@@ -125,8 +130,12 @@ class Tracer:
         try:
             return cls(_provider(wanted))
         except ImportError as error:
-            _log.warning("no traces: %s; install opentelemetry-sdk and opentelemetry-exporter-otlp", error)
+            _log.warning("no traces: %s; the extra `otel` brings what is missing", error)
             return None
+
+    def close(self) -> None:
+        """Send the spans that wait to be sent, and none after that."""
+        self._provider.shutdown()
 
     def request(self, call: Any, method: str, headers: Mapping[str, str]) -> None:
         """Write the span of a finished request, and below it those of its stages (one after the other, as they ran)."""

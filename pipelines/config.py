@@ -96,7 +96,8 @@ class IndexConfig(Strict):
     """A FAISS factory string, or `auto`: the cheapest that a pilot on a sample finds to keep `min_recall`."""
     refine: Literal["none", "exact"] = "none"
     """exact: keep the vectors beside the codes, on disk as fp16, and let them decide among the candidates that the
-    codes find: `k_factor` of them for each hit."""
+    codes find: `k_factor` of them for each hit. With `factory: auto`, none leaves it to the pilot, which tries it where
+    the vectors themselves do not fit into `max_memory_gb`."""
     metric: Literal["auto", "ip", "l2"] = "auto"
     """auto: inner product (cosine encoders give unit vectors, so it ranks them by cosine)."""
     num_shards: int | None = Field(default=None, ge=1)
@@ -221,9 +222,12 @@ class ServeConfig(Strict):
     shard_timeout_ms: int = Field(default=5_000, ge=1)
     """A shard deployment that takes longer is left out, and the answer names its shards."""
     max_ongoing: int = Field(default=256, ge=1)
-    """Requests that a replica works on at a time."""
-    max_queued: int = Field(default=512, ge=0)
-    """Requests that wait for a replica before more are refused."""
+    """Requests that a replica works on at a time; more are refused (503)."""
+    hold_ms: int = Field(default=1_000, ge=0, le=10_000)
+    """The most that a refusal for want of room, or beyond the rate, is held back before it is sent: callers who come
+    straight back then cost little. 0 sends it at once."""
+    max_queued: int = Field(default=512, ge=1)
+    """Requests that wait for a shard, the reranker or the reader before more are refused."""
     aliases: list[Name] = []
     """Other indexes of the root that are served beside `index.name`."""
     versions: list[Name] = []

@@ -3,8 +3,9 @@
     python -m tests.bench.serve [--only load,switch,kill,overload,shards] [--data FOLDER] [--seconds 60] [--quick]
 
 load: callers against one FastAPI process with sentence-transformers and FAISS over the same index, and the bare loop.
-switch: an alias moved between three encoders. kill: replicas killed. overload: ten times as many callers. shards: the
-same answers from any number of shards, and reranked. The callers' process shares the cores with what it calls.
+switch: an alias moved between three encoders. kill: replicas killed. overload: ten times as many callers, who come
+straight back when they are refused, then ten times as many questions a second. shards: the same answers from any number
+of shards, and reranked. The callers' process shares the cores with what it calls.
 
 --data keeps what is built (a few minutes' encoding) for the next run. --quick: little data, short loads, nothing kept.
 """
@@ -20,8 +21,9 @@ from pathlib import Path
 
 from tests.bench.common import keep, need_data
 from tests.bench.serve_data import Corpus
-from tests.bench.serve_kill import kill, overload
+from tests.bench.serve_kill import kill
 from tests.bench.serve_load import PROXIES, Result, Work, load
+from tests.bench.serve_overload import overload
 from tests.bench.serve_shards import shards
 from tests.bench.serve_switch import switch
 

@@ -1,5 +1,7 @@
 """The callers of the serving benchmark: many clients in one process, each with one question under way at a time.
 
+With `rate` questions arrive at so many a second instead, whatever has become of those before.
+
     python -m tests.bench.serve_client JOB.json
 
 Written on bare sockets so that the callers take as little as can be of the cores they share with the server. A `Load`
@@ -24,14 +26,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-BROKEN, TIMED_OUT = 0, -1
-"""In place of a status: the connection was refused or broke off; no answer came in `_PATIENCE_SECONDS`."""
+BROKEN, TIMED_OUT, UNEXPLAINED = 0, -1, -2
+"""In place of a status: the connection was refused or broke off; no answer came in `_PATIENCE_SECONDS`; a refusal that
+was no problem JSON, or did not say when to come back."""
 _PATIENCE_SECONDS = 60.0
 _RECONNECT_SECONDS = 0.05
 _REFUSED = (429, 503)
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _CHUNKED = re.compile(rb"\r\ntransfer-encoding: *chunked", re.IGNORECASE)
 _CLOSES = re.compile(rb"\r\nconnection: *close", re.IGNORECASE)
+_EXPLAINED = (
+    re.compile(rb"\r\ncontent-type: *application/problem\+json", re.IGNORECASE),
+    re.compile(rb"\r\nretry-after: *\d", re.IGNORECASE),
+)
+_TICK_SECONDS = 0.005
 _PARTIAL = re.compile(rb'"complete": ?false')
 _LINE = 1 << 20  # bytes a response's headers may take
 
@@ -39,7 +47,7 @@ _LINE = 1 << 20  # bytes a response's headers may take
 @dataclass(frozen=True)
 class Answers:
     """One entry for each request: when it was sent (time.time()), seconds until its answer was read, HTTP status or
-    one of the two above, the question's number, whether it said `complete: false`; and the bodies, where kept.
+    one of those above, the question's number, whether it said `complete: false`; and the bodies, where kept.
 
     caller_cores: CPU seconds of the callers' process by second.
     """
@@ -98,7 +106,7 @@ class Load:
     """A client process at work from `with` to `finish()`, or until its `seconds` are over."""
 
     def __init__(self, folder: Path, address: str, questions: Path, **settings: Any) -> None:
-        """settings: clients, seconds, warm_seconds, k, fields (of the requests), headers, keep, pause_refused."""
+        """settings: clients, seconds, warm_seconds, k, fields (of the requests), headers, keep, pause_refused, rate."""
         number = len(list(folder.glob("load-*.json")))
         self._job, self._answers, self._stop, self._log = (
             folder / f"load-{number:03d}.{end}" for end in ("json", "npz", "stop", "log")
@@ -150,18 +158,21 @@ class _Client:
         self.writer: asyncio.StreamWriter | None = None
 
     async def run(self, numbers: Iterator[int], requests: list[bytes], ends: asyncio.Event) -> None:
-        keep = self.job.get("keep", False)
         while not ends.is_set():
-            number = next(numbers) % len(requests)
-            began, clock = time.time(), time.perf_counter()
-            status, body = await self._exchange(requests[number])
-            seconds = time.perf_counter() - clock
-            partial = status == 200 and _PARTIAL.search(body) is not None
-            self.records.append((began, seconds, status, number, partial, body if keep else b""))
+            status = await self.ask(next(numbers) % len(requests), requests)
             if status in _REFUSED:
                 await asyncio.sleep(self.job.get("pause_refused", 0))
             elif status <= 0:
                 await asyncio.sleep(_RECONNECT_SECONDS)
+
+    async def ask(self, number: int, requests: list[bytes]) -> int:
+        """Send one request and record what came of it; return the status."""
+        began, clock = time.time(), time.perf_counter()
+        status, body = await self._exchange(requests[number])
+        seconds = time.perf_counter() - clock
+        partial = status == 200 and _PARTIAL.search(body) is not None
+        self.records.append((began, seconds, status, number, partial, body if self.job.get("keep") else b""))
+        return status
 
     async def _exchange(self, request: bytes) -> tuple[int, bytes]:
         try:
@@ -183,7 +194,9 @@ class _Client:
         body = await _body(self.reader, head)
         if _CLOSES.search(head):
             self._close()
-        return int(head[9:12]), body
+        status = int(head[9:12])
+        explained = status not in _REFUSED or all(pattern.search(head) for pattern in _EXPLAINED)
+        return status if explained else UNEXPLAINED, body
 
     def _close(self) -> None:
         if self.writer is not None:
@@ -217,11 +230,37 @@ def _requests(job: dict[str, Any]) -> list[bytes]:
     return made
 
 
+async def _arrive(
+    free: list[_Client], rate: float, numbers: Iterator[int], requests: list[bytes], ends: asyncio.Event
+) -> None:
+    """Send `rate` requests a second, each by a caller that is free; none is sent while all of them wait."""
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def ask(caller: _Client) -> None:
+        await caller.ask(next(numbers) % len(requests), requests)
+        free.append(caller)
+
+    sent, began = 0, time.perf_counter()
+    while not ends.is_set():
+        due = int((time.perf_counter() - began) * rate) - sent
+        for _ in range(min(due, len(free))):
+            task = asyncio.create_task(ask(free.pop()))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+        sent += due
+        await asyncio.sleep(_TICK_SECONDS)
+    await asyncio.gather(*tasks)
+
+
 async def _run(job: dict[str, Any]) -> tuple[list[tuple[Any, ...]], float]:
     """Return the records after the warm-up, and the cores that they took of this process."""
     records: list[tuple[Any, ...]] = []
     ends, numbers, requests = asyncio.Event(), count(job.get("first", 0)), _requests(job)
-    clients = [asyncio.create_task(_Client(job, records).run(numbers, requests, ends)) for _ in range(job["clients"])]
+    callers = [_Client(job, records) for _ in range(job["clients"])]
+    if job.get("rate"):
+        clients = [asyncio.create_task(_arrive(callers, job["rate"], numbers, requests, ends))]
+    else:
+        clients = [asyncio.create_task(caller.run(numbers, requests, ends)) for caller in callers]
     await asyncio.sleep(job.get("warm_seconds", 0))
     begin, cpu, stop = time.time(), time.process_time(), Path(job["stop"])
     while time.time() - begin < job["seconds"] and not stop.exists():

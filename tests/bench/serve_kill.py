@@ -1,4 +1,4 @@
-"""Sections kill and overload: parts of the server killed under load, and ten times what it can answer."""
+"""Section kill: parts of the server killed under load."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tests.bench.encode_models import write_cross_encoder
-from tests.bench.serve_client import Answers, Load, ask
+from tests.bench.serve_client import Answers, Load
 from tests.bench.serve_data import MINILM, model_directory
 from tests.bench.serve_load import CLIENTS, K, Result, Work
 from tests.bench.serve_server import Server, ours
@@ -16,9 +16,6 @@ from tests.bench.serve_server import Server, ours
 _SETTLE_SECONDS = 4.0
 _BACK_SECONDS = 90.0
 _DEPTH = 5  # hits reranked: enough to need the reranker, few enough for 2 cores
-_CROWD = 10 * CLIENTS
-_ONGOING, _QUEUED = 32, 32
-_PAUSE_SECONDS = 0.05  # a refused caller's, before it asks again
 
 
 def kill(work: Work) -> Result:
@@ -84,35 +81,3 @@ def _after(answers: Answers, killed: float) -> Result:
     before = answers.sent_within(0, killed - 1)
     return {**answers.summary(), "recovery_seconds": float(late), "bad_before_the_kill": early,
             "lost": len(answers) - refused, "p99_before_ms": before.milliseconds(99)}  # fmt: skip
-
-
-def overload(work: Work) -> Result:
-    """Send what ten times as many callers can, in front of short queues; then as many as before."""
-    work.corpus.build("bench", {"one": MINILM})
-    return {proxy: _overloading(work, proxy) for proxy in work.proxies}
-
-
-def _overloading(work: Work, proxy: str) -> Result:
-    questions, seconds = work.corpus.questions, max(5.0, work.seconds / 3)
-    limits = {"max_ongoing": _ONGOING, "max_queued": _QUEUED}
-    with ours(work.corpus, work.folder, "one", proxy=proxy, **limits) as server:
-        few = {"clients": CLIENTS, "k": K, "seconds": seconds, "warm_seconds": 3}
-        before = ask(work.folder, server.address, questions, **few).summary()
-        usual = server.memory_now()
-        with server.memory() as peaks:
-            crowd = ask(work.folder, server.address, questions, clients=_CROWD, k=K, seconds=seconds,
-                        pause_refused=_PAUSE_SECONDS)  # fmt: skip
-        after = ask(work.folder, server.address, questions, **few).summary()
-    during = crowd.summary()
-    offered = len(crowd) / max(1e-9, float(np.ptp(crowd.started_N)))
-    bound = 1000 * 3 * (_ONGOING + _QUEUED) / before["rate"]  # thrice the time of everything ahead of a request
-    print(f"  {proxy}: {before['rate']:.0f} queries/s before; {offered:.0f} asked of it a second by {_CROWD} callers: "
-          f"{during['rate']:.0f} answered, {during['statuses']}, p99 of the answered {during['p99_ms']:.0f} ms; memory "
-          f"{usual['all']:.0f} -> {peaks['all']:.0f} MiB; {after['rate']:.0f} queries/s after", flush=True)  # fmt: skip
-    others = len(crowd) - int(np.isin(crowd.status_N, (200, 429, 503)).sum())
-    work.judge(f"overload_other_answers_{proxy}", others, 0, at_most=True)
-    work.judge(f"overload_p99_ms_{proxy}", during["p99_ms"], round(bound), at_most=True)
-    work.judge(f"overload_memory_growth_{proxy}", peaks["all"] / usual["all"], 1.2, at_most=True)
-    work.judge(f"overload_rate_after_{proxy}", after["rate"] / before["rate"], 0.9)
-    return {"before": before, "during": during, "after": after, "offered": offered, "usual_mib": usual,
-            "peak_mib": peaks}  # fmt: skip
