@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from cluster import cli_files, cli_index, cli_keys, cli_switch, cli_vectors, cli_verify, signals
+from cluster.cli_switch import Force
 from cluster.console import Json, Quiet, load, progress, show
 from pipelines.errors import PinakesError
 
@@ -51,11 +52,13 @@ def _fail(error: PinakesError) -> None:
 
 
 @app.command(epilog="Example: pinakes run configs/demo.yaml --set index.factory=HNSW32")
-def run(config: ConfigPath, set_: Overrides = None, json_: Json = False, quiet: Quiet = False) -> None:
-    """Do the whole job: ingest, encode, index, evaluate (if there are questions), promote."""
+def run(
+    config: ConfigPath, set_: Overrides = None, force: Force = False, json_: Json = False, quiet: Quiet = False
+) -> None:
+    """Do the whole job: ingest, encode, index, evaluate (if there are questions), promote if the gate lets it."""
     from cluster import jobs, summaries
 
-    result = jobs.run(load(config, set_), progress(quiet))
+    result = jobs.run(load(config, set_), progress(quiet), force)
     show(result, json_, summaries.run_summary)
 
 

@@ -12,6 +12,7 @@ app = typer.Typer()
 
 Name = Annotated[str, typer.Argument(help="The alias (the index's name).")]
 Root = Annotated[str, typer.Option("--root", help="The root folder or s3:// URL.", envvar="PINAKES_ROOT")]
+Force = Annotated[bool, typer.Option("--force", help="Promote it also if it scores worse; never with damaged files.")]
 Address = Annotated[str | None, typer.Option(help="The Ray cluster that serves it, if it runs elsewhere.")]
 
 
@@ -21,7 +22,7 @@ def promote(
     version: Annotated[str, typer.Argument(help="A published version.")],
     root: Root = "pinakes-data",
     max_quality_loss: Annotated[float, typer.Option(min=0, max=1, help="The most that a score may fall.")] = 0.01,
-    force: Annotated[bool, typer.Option("--force", help="Also if it scores worse; never with damaged files.")] = False,
+    force: Force = False,
     address: Address = None,
     json_: Json = False,
 ) -> None:
@@ -42,8 +43,9 @@ def rollback(name: Name, root: Root = "pinakes-data", address: Address = None, j
 
 
 def _summary(result: dict[str, Any]) -> str:
-    lines = [f"{result['name']} -> {result['current']}"]
-    lines += [f"  {check['state']:<8} {check['check']}: {check['what']}" for check in result.get("gate", [])]
+    from cluster.summaries import alias_lines
+
+    lines = alias_lines(result)
     if result["replicas"]:
         seconds = result["seconds"]
         plural = "replica" if result["replicas"] == 1 else "replicas"

@@ -6,7 +6,6 @@ import json
 import signal
 import sys
 import threading
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ from cluster.progress import Progress
 from cluster.session import choose_proxy, result_stream, session
 from pipelines import publish
 from pipelines.answer import check_reader
+from pipelines.client import Client
 from pipelines.config import Config
 from pipelines.encode import EncoderSpec, check_takes_images, resolve
 from pipelines.rerank import check_reranker
@@ -47,8 +47,11 @@ def index(config: Config, progress: Progress) -> dict[str, Any]:
     return _result(manifest, progress)
 
 
-def run(config: Config, progress: Progress) -> dict[str, Any]:
-    """Do the whole job, and point the alias to the version it made."""
+def run(config: Config, progress: Progress, force: bool = False) -> dict[str, Any]:
+    """Do the whole job, and point the alias to the version it made, if that passes the gate.
+
+    force: as of `switch.promote`. Raises what that raises; the version is then published, and the alias not moved.
+    """
     spec = encoder_of(config)
     with session(config.cluster):
         manifest = _index(config, spec, progress)
@@ -57,9 +60,18 @@ def run(config: Config, progress: Progress) -> dict[str, Any]:
             from cluster.evaluate import evaluate as evaluate_version
 
             evaluation = evaluate_version(config.root, manifest, config, progress)
-    alias = publish.promote(config.root, config.index.name, manifest["version"])
-    result = {"version": manifest, "evaluation": evaluation, "alias": {"name": config.index.name, **alias}}
-    return _result(result, progress)
+    alias = _promoted(config, str(manifest["version"]), force)
+    return _result({"version": manifest, "evaluation": evaluation, "alias": alias}, progress)
+
+
+def _promoted(config: Config, version: str, force: bool) -> dict[str, Any]:
+    """Return the state of the alias once it points to `version`; where it does already, nothing is checked again."""
+    from cluster.switch import promote_from_here
+
+    root, name = config.root, config.index.name
+    if name in publish.list_aliases(root) and (state := publish.read_alias(root, name))["current"] == version:
+        return {"name": name, **state}
+    return promote_from_here(root, name, version, config.promote, force, config.cluster.address)
 
 
 def evaluate(config: Config, version: str | None, progress: Progress) -> dict[str, Any]:
@@ -89,22 +101,45 @@ def demo(config: Config, once: bool, progress: Progress) -> None:
 
     from cluster.summaries import evaluation_summary, search_summary
 
-    choose_proxy(config.serve.proxy)
+    choose_proxy(config.serve)
     with session(config.cluster):
         result = run(config, progress)
         if result["evaluation"]:
             Console(file=result_stream()).print(evaluation_summary(result["evaluation"]))
         if once:
-            config = config.model_copy(update={"serve": config.serve.model_copy(update={"port": free_port()})})
+            Console(file=result_stream(), highlight=False).print(search_summary(_ask_once(config)), markup=False)
+            return
         with serving(config) as address:
-            if once:
-                question = "How do I read a Parquet file into a table?"
-                Console(file=result_stream(), highlight=False).print(
-                    search_summary(_ask(address, question)), markup=False
-                )
-                return
             progress.say(_how_to_use(address, config))
             _wait_for_signal()
+
+
+def _ask_once(config: Config) -> dict[str, Any]:
+    """Serve on a free port, ask one question over HTTP and stop."""
+    question = "How do I read a Parquet file into a table?"
+    settings = config.serve.model_copy(update={"port": free_port()})
+    with (
+        _key_for_a_while(config) as key,
+        serving(config.model_copy(update={"serve": settings})) as address,
+        Client(address, key) as client,
+    ):
+        return {"query": question, **client.ask("POST", "/search", {"query": question, "k": 3})}
+
+
+@contextmanager
+def _key_for_a_while(config: Config) -> Iterator[str | None]:
+    """Give an API key that is good until the end, or None where the config wants none."""
+    if not config.serve.require_key:
+        yield None
+        return
+    from pipelines.access_keys import KeyFile, default_url
+
+    file = KeyFile(config.serve.keys or default_url(config.root))
+    key, record = file.create("demo --once", days=1 / 24)
+    try:
+        yield key
+    finally:
+        file.revoke(record.id)
 
 
 @contextmanager
@@ -114,7 +149,7 @@ def serving(config: Config) -> Iterator[str]:
     for alias in aliases:
         publish.read_alias(config.root, alias)
     _check_stages(config)
-    choose_proxy(config.serve.proxy)
+    choose_proxy(config.serve)
     with session(config.cluster):
         from cluster import serve
 
@@ -125,18 +160,12 @@ def serving(config: Config) -> Iterator[str]:
             serve.stop(config.root)
 
 
-def _ask(address: str, question: str) -> dict[str, Any]:
-    body = json.dumps({"query": question, "k": 3}).encode()
-    request = urllib.request.Request(f"{address}/search", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as response:
-        return {"query": question, **json.load(response)}
-
-
 def _how_to_use(address: str, config: Config) -> str:
     body = json.dumps({"query": "how do I read a Parquet file", "k": 3})
+    key = "-H 'Authorization: Bearer KEY' " if config.serve.require_key else ""
     return (
         f"\nserving {config.index.name!r}; stop with Ctrl-C\n  search page  {address}/\n  API          {address}/docs\n"
-        f"  example      curl -s {address}/search -H 'Content-Type: application/json' -d '{body}'"
+        f"  example      curl -s {address}/search {key}-H 'Content-Type: application/json' -d '{body}'"
     )
 
 

@@ -79,9 +79,13 @@ def run_summary(result: dict[str, Any]) -> Any:
     lines: list[Any] = [version_line(result["version"]), *encoding_lines(result)]
     if result["evaluation"]:
         lines.append(evaluation_summary(result["evaluation"]))
-    alias = result["alias"]
-    lines.append(f"alias {alias['name']} -> {alias['current']}")
-    return Group(*lines)
+    return Group(*lines, "alias " + "\n".join(alias_lines(result["alias"])))
+
+
+def alias_lines(state: dict[str, Any]) -> list[str]:
+    """Return where an alias points, and what the gate found if it was moved just now."""
+    found = [f"  {check['state']:<8} {check['check']}: {check['what']}" for check in state.get("gate", [])]
+    return [f"{state['name']} -> {state['current']}", *found]
 
 
 def evaluation_summary(result: dict[str, Any]) -> Any:

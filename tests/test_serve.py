@@ -18,14 +18,19 @@ import pytest
 from cluster import jobs
 from cluster.progress import Progress
 from pipelines import publish
+from pipelines.access_keys import KeyFile, default_url
 from pipelines.answer import answer, load_reader
-from pipelines.config import AnswerConfig, Config, RerankConfig, load_config
+from pipelines.config import AnswerConfig, Config, EvaluateConfig, IndexConfig, RerankConfig, load_config
 from pipelines.rerank import load_reranker, rerank
 from pipelines.retrieve import Retriever
+from tests import test_filtered_search as filtered
 from tests.chaos.driver import PINAKES
-from tests.checkpoints import write_cross_encoder, write_dpr
+from tests.checkpoints import write_cross_encoder, write_dpr, write_sentence_transformer
+from tests.local_backend import build_root
 from tests.test_pipeline import ROWS, Job
 
+BAD: list[dict[str, Any]] = [{"rerank": True}, {"answer": True}, {"filter": {"yaer": 1990}}]
+TOLD = ["no reranker", "no reader", "did you mean 'year'"]
 QUERIES = [r["text"] for r in ROWS[3:40:5]]
 
 
@@ -43,30 +48,20 @@ def call(address: str, path: str, body: Any = None, method: str | None = None) -
 
 
 class Served:
-    """Two indexes over the same corpus, one unsharded and one of three shards, and their roots."""
+    """An index built on the cluster, and what it takes to serve it."""
 
     def __init__(self, folder: Path) -> None:
         self.job = Job(folder)
         self.port = jobs.free_port()  # Serve keeps the port it was started with
         self.rerank = RerankConfig(checkpoint=write_cross_encoder(str(folder / "reranker")), depth=20)
         self.answer = AnswerConfig(reader=write_dpr(str(folder / "reader"), "reader"), depth=4)
-        self.whole = load_config(self.job.config("whole", num_shards=1))
-        self.sharded = load_config(self.job.config("sharded", num_shards=3, metric="l2", factory="SQfp16"))
+        self.whole = load_config(self.job.config("whole", num_shards=1), ["index.name=cats1"])
         self.root = self.whole.root
-        for config in (self.whole, self.sharded):
-            jobs.index(
-                config.model_copy(update={"index": config.index.model_copy(update={"name": self.name(config)})}),
-                Progress(True),
-            )
-
-    @staticmethod
-    def name(config: Config) -> str:
-        return f"cats{config.index.num_shards}"
+        jobs.index(self.whole, Progress(True))
 
     def serving(self, config: Config, stages: dict[str, Any] | None = None, **serve: Any) -> Any:
-        index = config.index.model_copy(update={"name": self.name(config)})
         settings = {"port": self.port, "max_batch": 50, "max_query_chars": 500, "max_k": 200, **serve}
-        update = {"index": index, "serve": config.serve.model_copy(update=settings), **(stages or {})}
+        update = {"serve": config.serve.model_copy(update=settings), **(stages or {})}
         return jobs.serving(config.model_copy(update=update))
 
 
@@ -180,28 +175,12 @@ def test_passages_health_ready_docs_and_page(address: str) -> None:
     assert "<form" in page
 
 
-@pytest.mark.parametrize(
-    ("body", "status", "message"),
-    [
-        ({"query": "x", "k": 301}, 422, "at most 200"),
-        ({"query": "x", "k": 0}, 422, "k:"),
-        ({}, 422, "either `query` or `queries`"),
-        ({"query": "x", "queries": ["y"]}, 422, "exactly one"),
-        ({"query": " "}, 422, "blank"),
-        ({"queries": []}, 422, "queries"),
-        ({"query": "x", "kk": 3}, 422, "kk"),
-        ({"query": "x" * 501}, 422, "501 characters"),
-        ({"queries": ["x"] * 51}, 422, "51 queries"),
-        ({"query": "x", "budget_ms": 0}, 422, "budget_ms"),
-        ({"query": "x", "alias": "dogs"}, 404, "no alias 'dogs'"),
-        (b"{", 422, "JSON"),
-    ],
-)
-def test_bad_requests_are_explained(address: str, body: Any, status: int, message: str) -> None:
-    found, problem, kind = call(address, "/search", body)
-    assert (found, kind) == (status, "application/problem+json")
-    assert problem["status"] == status
-    assert message in problem["detail"]
+def test_refusals_come_through_as_the_api_words_them(address: str) -> None:
+    """`test_api` has the whole table; this is about what Serve makes of it."""
+    for body, status, message in (({"query": "x", "k": 301}, 422, "at most 200"), (b"{", 422, "JSON")):
+        found, problem, kind = call(address, "/search", body)
+        assert (found, kind, problem["status"]) == (status, "application/problem+json", status)
+        assert message in problem["detail"]
 
 
 def test_unknown_passages_and_paths_are_404(address: str) -> None:
@@ -210,33 +189,81 @@ def test_unknown_passages_and_paths_are_404(address: str) -> None:
         assert (status, problem["status"]) == (404, 404)
 
 
+@pytest.fixture(scope="module")
+def with_metadata(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A root with the same passages and their metadata under two aliases, unsharded and in three shards."""
+    folder = tmp_path_factory.mktemp("metadata")
+    checkpoint = write_sentence_transformer(str(folder / "model"))
+    build_root(folder, checkpoint, filtered.ROWS, filtered.METADATA, name="whole")
+    return build_root(folder, checkpoint, filtered.ROWS, filtered.METADATA, name="sharded", num_shards=3, metric="l2")
+
+
 @pytest.mark.parametrize("placement", ["together", "spread"])
-def test_sharded_search_equals_unsharded(served: Served, placement: str) -> None:
-    """Three L2 shards against one inner-product index of the same unit vectors: the same passages in the same order."""
-    expected = Retriever.open(served.root, "cats1").search(QUERIES, 5)
-    with served.serving(served.sharded, placement=placement) as address:
-        _, answer, _ = call(address, "/search", {"queries": QUERIES, "k": 5})
-        status, problem, _ = call(address, "/search", {"query": "x", "rerank": True})
-        _, unread, _ = call(address, "/search", {"query": "x", "answer": True})
-    for found, hits in zip(answer["results"], expected, strict=True):
-        # |a - b|² = 2 - 2 a·b for unit vectors, so negative distances and inner products rank alike.
-        assert [h["score"] for h in found] == pytest.approx([2 * h.score - 2 for h in hits], abs=2e-2)
-        assert found[0]["id"] == hits[0].passage.id
-    assert (status, "no reranker" in problem["detail"], "no reader" in unread["detail"]) == (422, True, True)
+def test_shards_and_filters_find_what_an_unsharded_brute_force_finds(
+    served: Served, with_metadata: str, placement: str
+) -> None:
+    """Three L2 shards and one inner-product index of the same unit vectors: the same passages in the same order."""
+    whole = Retriever.open(with_metadata, "whole")
+    filters = [None, filtered.SOME, {"tags": "t2"}, {"year": {"lt": 1981}}, {"score": {"gt": 21.9}}, {"lang": "xx"}]
+    config = served.whole.model_copy(update={"root": with_metadata, "index": IndexConfig(name="sharded")})
+    with served.serving(config, placement=placement, aliases=["whole"]) as address:
+        for content in filters:
+            expected = filtered.by_brute_force(whole, content or {}, 8)
+            for alias in ("sharded", "whole"):
+                body = {"queries": filtered.QUERIES, "k": 8, "alias": alias, "filter": content}
+                status, answer, _ = call(address, "/search", body)
+                assert (status, answer["complete"]) == (200, True)
+                assert [[hit["row"] for hit in hits] for hits in answer["results"]] == expected
+        _, answer, _ = call(address, "/search", {"query": filtered.QUERIES[0], "k": 5})
+        refused = [call(address, "/search", {"query": "x", **field}) for field in BAD]
+    # |a - b|² = 2 - 2 a·b for unit vectors.
+    inner = [2 * hit.score - 2 for hit in whole.search(filtered.QUERIES[:1], 5)[0]]
+    assert [hit["score"] for hit in answer["hits"]] == pytest.approx(inner, abs=1e-4)
+    for (status, problem, kind), told in zip(refused, TOLD, strict=True):
+        assert (status, kind) == (422, "application/problem+json")
+        assert told in problem["detail"]
+
+
+def test_too_many_callers_are_refused_by_the_api_and_not_by_serve(served: Served) -> None:
+    with served.serving(served.whole, max_ongoing=1, max_queued=1, hold_ms=20) as address:
+        ask_too_much(address)
+
+
+def ask_too_much(address: str) -> None:
+    """Have 48 callers ask at once, and once more when they are gone."""
+    with ThreadPoolExecutor(48) as pool:
+        found = list(pool.map(lambda i: call(address, "/search", {"queries": QUERIES * 5, "k": 50}), range(96)))
+    assert {status for status, _, _ in found} == {200, 503}
+    assert {kind for status, _, kind in found if status == 503} == {"application/problem+json"}
+    assert call(address, "/search", {"query": QUERIES[0]})[0] == 200
+
+
+def test_the_demo_asks_its_question_of_a_server_that_wants_a_key(
+    served: Served, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(jobs, "free_port", lambda: served.port)
+    settings = served.whole.serve.model_copy(update={"require_key": True})
+    config = served.whole.model_copy(update={"serve": settings, "evaluate": EvaluateConfig()})
+    jobs.demo(config, True, Progress(True))
+    told = capsys.readouterr().out
+    assert "How do I read a Parquet file" in told
+    assert "[p" in told  # the hits' ids
+    assert KeyFile(default_url(served.root)).read() == []
 
 
 def test_serve_command_is_found_by_promote_and_stops_on_ctrl_c(served: Served, ray_cluster: str) -> None:
     config = served.job.config("whole", num_shards=1)
     port = str(jobs.free_port())
     alone = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    limits = ("--set", "serve.max_ongoing=2", "--set", "serve.hold_ms=20")
     process = subprocess.Popen(
-        [PINAKES, "serve", config, "--set", "index.name=cats1", "--set", f"serve.port={port}"],
+        [PINAKES, "serve", config, "--set", "index.name=cats1", "--set", f"serve.port={port}", *limits],
         stderr=subprocess.PIPE, text=True, env=alone,
     )  # fmt: skip
     assert process.stderr is not None
     lines = iter(process.stderr.readline, "")
     assert any("curl -s" in line for line in lines), "the server never said that it serves"
-    assert call(f"http://127.0.0.1:{port}", "/search", {"query": QUERIES[0]})[0] == 200
+    ask_too_much(f"http://127.0.0.1:{port}")  # the door before Serve's proxy refuses, on the server's own cluster
     command = [PINAKES, "promote", "cats1", publish.current(served.root, "cats1"), "--root", served.root, "--json"]
     promoted = subprocess.run(command, env=alone, check=True, stdout=subprocess.PIPE, text=True).stdout
     assert json.loads(promoted)["replicas"] == 1  # the server's cluster is found, by the word it left

@@ -21,7 +21,7 @@ from cluster.progress import Progress
 from pipelines import publish
 from pipelines.config import load_config, parse_config
 from pipelines.encode import Encoder, resolve
-from pipelines.errors import ArtifactError
+from pipelines.errors import ArtifactError, QualityError
 from pipelines.retrieve import Retriever
 from tests.checkpoints import WORDS, write_dpr, write_paq
 from tests.local_backend import TEXTS
@@ -48,7 +48,7 @@ def folder(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, name: str, **encoder: Any) -> dict[str, Any]:
+def run(folder: Path, name: str, force: bool = False, **encoder: Any) -> dict[str, Any]:
     content = {
         "root": str(folder / "root"),
         "corpus": {"name": "paq", "sources": [str(folder / "paq.jsonl")], "part_size": 50},
@@ -58,7 +58,7 @@ def run(folder: Path, name: str, **encoder: Any) -> dict[str, Any]:
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(content))
-    return jobs.run(load_config(str(path)), Progress(quiet=True))
+    return jobs.run(load_config(str(path)), Progress(quiet=True), force)
 
 
 def expected_em(folder: Path) -> float:
@@ -84,6 +84,26 @@ def test_from_256_to_728_dimensions_and_back(folder: Path) -> None:
     assert old.manifest["dim"] == 256
     with pytest.raises(ArtifactError, match="256"):
         old.search_vectors(np.zeros((1, 728), np.float32), 1)  # a query of the other encoder never passes
+
+
+def test_a_run_moves_its_alias_only_through_the_gate(folder: Path) -> None:
+    """An encoder that reads three tokens of a question takes many of them for the same."""
+    root = str(folder / "root")
+    whole = run(folder, "gated", checkpoint=str(folder / "paq256"))
+    version = whole["version"]["version"]
+    assert {check["check"]: check["state"] for check in whole["alias"]["gate"]} == {
+        "recall": "skipped", "quality": "skipped", "room": "ok", "smoke": "ok"
+    }  # fmt: skip
+    cut = {"checkpoint": str(folder / "paq256"), "max_length": 3}
+    with pytest.raises(QualityError, match=r"is not promoted: .* falls from") as refused:
+        run(folder, "gated", **cut)
+    assert "--force" in refused.value.hint
+    assert publish.current(root, "gated") == version
+    assert len(publish.list_versions(root, "gated")) == 2
+    forced = run(folder, "gated", force=True, **cut)["alias"]
+    assert (forced["previous"], forced["current"]) == (version, publish.current(root, "gated"))
+    again = run(folder, "gated", **cut)["alias"]  # it is there already: there is nothing to pass
+    assert again["current"] == forced["current"]
 
 
 class Callers:
