@@ -3,6 +3,10 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 # An interpreter with "sentence-transformers[onnx,openvino]", for the benchmark of encoding; without, both are left out.
 PEERS_PYTHON ?= $(BIN)/python
+# One with autofaiss, for the benchmark of the index; it wants older pyarrow and numpy. Without, it is left out.
+AUTOFAISS_PYTHON ?= $(BIN)/python
+# Where the benchmarks keep vectors and indexes that take minutes to make.
+BENCH_DATA ?= bench-data
 export RAY_USAGE_STATS_ENABLED := 0
 
 .PHONY: help setup test chaos parity bench lint types demo clean
@@ -42,6 +46,12 @@ bench: setup
 	RAY_AUTH_MODE=disabled $(BIN)/python -m tests.bench.pipeline
 	RAY_AUTH_MODE=disabled $(BIN)/python -m tests.bench.memory
 	RAY_AUTH_MODE=disabled $(BIN)/python -m tests.bench.encode --peers-python $(PEERS_PYTHON)
+	RAY_AUTH_MODE=disabled $(BIN)/python -m tests.bench.index --data $(BENCH_DATA) --peers-python $(AUTOFAISS_PYTHON)
+	RAY_AUTH_MODE=disabled $(BIN)/python -m tests.bench.index_memory
+	$(BIN)/python -m tests.bench.forecast --keep
+	$(BIN)/python -m tests.bench.filters --data $(BENCH_DATA)
+	RAY_AUTH_MODE=disabled $(BIN)/python -m tests.bench.serve --data $(BENCH_DATA)/serve
+	RAY_AUTH_MODE=disabled $(BIN)/python -m tests.bench.serve_fuzz
 
 lint: setup
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import random
+import ssl
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -134,6 +135,8 @@ class Transport:
                 f"there was no answer within {self.timeout:g} seconds", where=self.url + path, hint=hint
             )
         hint = "check the address, and that `pinakes serve` is running there"
+        if isinstance(error, ssl.SSLCertVerificationError):
+            hint = "name its authority's certificates by SSL_CERT_FILE, if the server is the one that you mean"
         return ServiceError(f"the server does not answer: {error}", where=self.url + path, hint=hint)
 
 

@@ -203,16 +203,16 @@ def _encode(root: str, snapshot: dict[str, Any], config: EncoderConfig) -> dict[
 
 
 @contextmanager
-def served(app: Any) -> Iterator[str]:
-    """Run an ASGI application on a socket of this machine; give its address."""
+def served(app: Any, **options: Any) -> Iterator[str]:
+    """Run an ASGI application on a socket of this machine; give its address. options: of uvicorn, such as a key."""
     import uvicorn
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", ws="none"))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", ws="none", **options))
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         while not server.started:
             time.sleep(0.005)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        yield f"{'https' if 'ssl_keyfile' in options else 'http'}://127.0.0.1:{listener.getsockname()[1]}"
         server.should_exit = True
         thread.join()

@@ -2,8 +2,9 @@
 
     python -m tests.bench.serve_fuzz [--url http://HOST:PORT] [--key KEY] [--requests 10000] [--schemathesis PROGRAM]
 
-Without --url a server is started in this process over a tiny real version. With schemathesis installed (or named), a
-run of it over the server's OpenAPI document follows. The last line says what was found, with `ok` or `miss`.
+Without --url a server is started in this process over a tiny real version. With schemathesis installed (or named), as
+many cases of its own follow, made from the server's OpenAPI document by one seed after the other. The last line says
+what was found, with `ok` or `miss`.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from urllib.parse import urlsplit
 
 from hypothesis import HealthCheck, Phase, given, settings
 
+from tests.bench.common import keep
 from tests.fuzz import REQUESTS, Asked, faults
 
 _TIMEOUT_SECONDS = 30.0
 _SHOWN = 10
+_WHOLE = 10_000  # requests, and as many cases: fewer are not kept
 _CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 
 
@@ -36,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", help="a server that runs already")
     parser.add_argument("--key", help="its API key")
-    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--requests", type=int, default=_WHOLE)
     parser.add_argument("--schemathesis", help="the program, where it is not on the PATH")
     arguments = parser.parse_args()
     with _server(arguments.url) as url:
@@ -44,13 +47,17 @@ def main() -> None:
         for told, number in found.most_common(_SHOWN):
             print(f"{number} x {told}")
         alive = _answer(_connect(url), Asked("GET", "/health"), None)[0] == 200
-        tool = schemathesis(url, arguments.key, arguments.schemathesis, arguments.requests)
+        tool, cases = schemathesis(url, arguments.key, arguments.schemathesis, arguments.requests)
     told = ", ".join(f"{status}: {number}" for status, number in sorted(statuses.items()))
     good = not found and alive and tool in ("passed", "absent")
     print(
         f"fuzz: {sum(statuses.values())} requests ({told}), {sum(found.values())} faults, "
-        f"server {'alive' if alive else 'gone'}, schemathesis {tool} {'ok' if good else 'miss'}"
+        f"server {'alive' if alive else 'gone'}, schemathesis {tool} ({cases} cases) {'ok' if good else 'miss'}"
     )
+    if arguments.requests >= _WHOLE:
+        counts = {str(status): number for status, number in sorted(statuses.items())}
+        faulty = {"faults": sum(found.values()), "alive": alive}
+        keep("serve", {"fuzz": {"statuses": counts, **faulty, "schemathesis": tool, "cases": cases}}, merge=True)
 
 
 def fuzz(url: str, key: str | None, num_requests: int) -> tuple[Counter[str], Counter[int]]:
@@ -103,22 +110,30 @@ def _answer(connection: http.client.HTTPConnection, asked: Asked, key: str | Non
     return response.status, {name.lower(): value for name, value in response.getheaders()}, body
 
 
-def schemathesis(url: str, key: str | None, program: str | None, num_requests: int) -> str:
-    """Run schemathesis over the server's document; return "passed", "failed" or "absent"."""
+def schemathesis(url: str, key: str | None, program: str | None, num_cases: int) -> tuple[str, int]:
+    """Have schemathesis try so many cases or more; return "passed", "failed" or "absent", and how many there were."""
     chosen = program or shutil.which("schemathesis")
     if chosen is None:
-        return "absent"
+        return "absent", 0
     document = json.loads(_answer(_connect(url), Asked("GET", "/openapi.json"), key)[2])
     operations = sum(len(methods) for methods in document["paths"].values())
-    command = [chosen, "run", f"{url}/openapi.json", "--checks", _CHECKS, "--phases", "examples,coverage,fuzzing"]
-    command += ["--max-examples", str(-(-num_requests // operations)), "--request-timeout", str(_TIMEOUT_SECONDS)]
-    command += ["--continue-on-failure", *(["--header", f"X-Api-Key: {key}"] if key else [])]
-    with tempfile.TemporaryFile("w+") as output:
-        done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False)
-        output.seek(0)
-        told = output.read()
-    print(told[-3000:] if done.returncode else "\n".join(re.findall(r"^.*(?:generated|cases|passed).*$", told, re.M)))
-    return "failed" if done.returncode else "passed"
+    command = [chosen, "run", f"{url}/openapi.json", "--checks", _CHECKS, "--continue-on-failure"]
+    command += ["--max-examples", str(-(-num_cases // operations)), "--request-timeout", str(_TIMEOUT_SECONDS)]
+    command += ["--header", f"X-Api-Key: {key}"] if key else []
+    cases, made, seed, began = 0, 1, 0, time.monotonic()
+    while made and cases < num_cases:  # many operations have few different cases: a run makes fewer than it might
+        phases = "fuzzing" if seed else "examples,coverage,fuzzing"
+        done = subprocess.run(
+            [*command, "--phases", phases, "--seed", str(seed)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+        )  # fmt: skip
+        made = sum(int(number) for number in re.findall(r"(\d+) generated", done.stdout))
+        cases, seed = cases + made, seed + 1
+        if done.returncode:
+            print(done.stdout[-3000:])
+            return "failed", cases
+        print(f"schemathesis: {cases} cases in {time.monotonic() - began:.0f} s", flush=True)
+    return "passed" if cases >= num_cases else "failed", cases
 
 
 @contextmanager
