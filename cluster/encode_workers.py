@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines import corpus, embeddings
-from pipelines.encode import Encoder, EncoderSpec, ImageEncoder, load_tokeniser
-from pipelines.guard import DeviceLostError, Guilty
+from pipelines.encode import Encoder, EncoderSpec, ImageEncoder, load_tokeniser, settle_budget
+from pipelines.guard import DeviceLostError, Guilty, attempts
 from pipelines.guard_process import encode_guarded
 from pipelines.manifest import fingerprint, put_done
 from pipelines.models.base import Tokens
@@ -58,7 +58,9 @@ class EncoderActor:
         self.meter = Meter(self.encoder.tower, spec.compute, device)
 
     def _load(self, num_threads: int) -> Any:
-        return Encoder(self.spec, "passage", self.device, num_threads)
+        encoder = Encoder(self.spec, "passage", self.device, num_threads)
+        settle_budget(encoder, attempts(self.store))
+        return encoder
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         began = time.time()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 
 _BUDGET = "budget.json"
+_USUAL_TEXT = "a few words that take some time " * 16  # about as long as a passage
 _IMAGE_BUDGET = 2048  # patches at once: pictures are decoded while a batch waits
 
 
@@ -173,7 +174,7 @@ class Encoder:
             directory, side, spec.compute, device, similarity=_similarity(spec)
         )
         budget = spec.token_budget or default_budget(device)
-        packs = getattr(self.tower, "packs", False)
+        packs = getattr(self.tower, "packs", 0)
         self.engine = Engine(self.tower, self.tokeniser.pad_id, self.tower.dim, device, budget, packs)
 
     @property
@@ -194,20 +195,18 @@ class Encoder:
         return self.encode_tokens(self.tokeniser.passages(list(titles), list(texts)))
 
 
-def settle_budget(encoder: Encoder, sample: Tokens | None, notes: Store) -> None:
-    """Give the encoder the token budget of the whole run, which the first worker to come here measures on `sample`.
+def settle_budget(encoder: Encoder, notes: Store) -> None:
+    """Give the encoder the token budget of the whole run, which the first worker to come here measures.
 
     notes: where the run's workers find what one of them measured. A GPU picks its kernels by the size of a
     micro-batch, so workers with budgets of their own would not give the same bits; a CPU gives the same bits with any.
-    Without a sample, or when it cannot be encoded, the device's usual budget stays.
+    Made-up texts are measured, not a part's own: no row of the corpus can spoil it, and it is done before work begins.
     """
     if encoder.spec.token_budget is not None:
         return
     if not notes.exists(_BUDGET):
-        if sample is None or not len(sample):
-            return
-        with suppress(Exception):  # encoding these texts will say what is wrong with them
-            encoder.engine.measure_budget(sample)
+        with suppress(Exception):  # then the device's usual budget stays
+            encoder.engine.measure_budget(encoder.tokeniser.passages([""], [_USUAL_TEXT]))
         notes.create(_BUDGET, json.dumps({"token_budget": encoder.engine.budget}).encode())
     encoder.engine.budget = int(json.loads(notes.read(_BUDGET))["token_budget"])
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from pipelines.encode import Encoder, EncoderSpec, ImageEncoder, settle_budget
+from pipelines.encode import Encoder, EncoderSpec, ImageEncoder
 from pipelines.errors import PinakesError
 from pipelines.guard import (
     DeviceLostError,
@@ -35,7 +35,6 @@ from pipelines.guard import (
     UnusableError,
     WorkerDiedError,
     attempt,
-    attempts,
     trace,
 )
 from pipelines.models.base import Tokens
@@ -63,12 +62,8 @@ def encode_guarded(
 
     Raises what `guard.trace` raises, and DeviceLostError: then this process has to end, for another to go on.
     """
-    with attempt(store, name) as suspect:
-        if isinstance(encoder, Encoder) and isinstance(content, Tokens):
-            # Within the attempt: what is measured is this part, and a row that kills is as deadly there.
-            settle_budget(encoder, None if suspect else content, attempts(store))
-        with range_encoder(encoder, content, device, suspect=suspect) as encode:
-            return trace(encode, len(content), encoder.spec.dim, encoder.spec.storage, allowed)
+    with attempt(store, name) as suspect, range_encoder(encoder, content, device, suspect=suspect) as encode:
+        return trace(encode, len(content), encoder.spec.dim, encoder.spec.storage, allowed)
 
 
 @contextmanager

@@ -228,29 +228,26 @@ def test_one_worker_measures_the_budget_and_the_others_take_it(
         Encoder(spec, "passage"),
         Encoder(replace(spec, token_budget=77), "passage"),
     )
-    sample = first.tokeniser.passages([""] * 2000, TEXTS[1:2] * 2000)
-    settle_budget(first, None, notes)
-    assert notes.files() == []
     assert first.engine.budget == second.engine.budget
-    settle_budget(first, sample, notes)
+    settle_budget(first, notes)
     assert first.engine.budget in (1024, 2048, 4096, 8192)
 
     def measured_again(_: Any, __: Any) -> int:
         raise AssertionError("measured twice")
 
     monkeypatch.setattr(type(first.engine), "measure_budget", measured_again)
-    settle_budget(second, sample, notes)
-    settle_budget(told, sample, notes)
+    settle_budget(second, notes)
+    settle_budget(told, notes)
     assert (second.engine.budget, told.engine.budget) == (first.engine.budget, 77)
 
 
-def test_a_sample_that_cannot_be_encoded_leaves_the_usual_budget(checkpoint: str, tmp_path: Path) -> None:
+def test_a_measurement_that_fails_leaves_the_usual_budget(checkpoint: str, tmp_path: Path) -> None:
     spec, notes = resolve(EncoderConfig(checkpoint=checkpoint, compute="fp32")), Store(str(tmp_path / "notes"))
     encoder = Encoder(spec, "passage")
     encoder.engine.forward = lambda *_: 1 / 0
-    settle_budget(encoder, flatten([[5] * 8] * 1000), notes)
+    settle_budget(encoder, notes)
     other = Encoder(spec, "passage")
-    settle_budget(other, None, notes)
+    settle_budget(other, notes)
     assert other.engine.budget == encoder.engine.budget
 
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel
 from pipelines.errors import PinakesError
 from pipelines.models import fused, packed
 from pipelines.models.base import Tokens
-from pipelines.models.engine import Engine, default_budget, is_out_of_memory
+from pipelines.models.engine import Engine, is_out_of_memory
 from pipelines.models.tokens import flatten
 from pipelines.models.weights import build_model
 
@@ -77,7 +77,7 @@ def test_a_transformer_gives_the_models_own_hidden_states(
     with caplog.at_level(logging.WARNING):
         ours = packed.Transformer(make(kind).to(torch_type))
     assert not caplog.records
-    assert ours.packs == (kind in PACKING)
+    assert bool(ours.packs) == (kind in PACKING)
     if dtype == "fp32" or fused.can_fuse(make(kind).to(torch_type)):
         assert any(isinstance(module, fused.FusedLinear) for module in ours.modules())
     mask_BL = (torch.arange(19) < torch.tensor([19, 4, 4, 11, 1])[:, None]).long()
@@ -162,7 +162,7 @@ def test_a_model_that_differs_in_the_fast_form_runs_in_its_own(
         monkeypatch.setattr(packed, "_positions", lambda mask_BL, config: torch.arange(int(mask_BL.sum())))
     ours, own = packed.Transformer(make("bert")), make("bert")
     assert "change the model's result" in caplog.text
-    assert ours.packs == (break_what == "fused")
+    assert bool(ours.packs) == (break_what == "fused")
     assert any(isinstance(module, fused.FusedLinear) for module in ours.modules()) == (break_what == "packed")
     mask_BL = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     ids_BL = torch.tensor([[7, 8, 9, 10], [11, 12, 1, 1]])
@@ -226,12 +226,11 @@ def test_other_errors_are_not_taken_for_want_of_memory() -> None:
 def test_padding_is_counted_where_it_is_computed() -> None:
     tokens = texts([10, 4, 4])
     padded, packing = (
-        Engine(first_hidden(packed.Transformer(make("bert"))), 1, 32, "cpu", 100, packs=packs)
-        for packs in (False, True)
+        Engine(first_hidden(packed.Transformer(make("bert"))), 1, 32, "cpu", 100, packs=packs) for packs in (0, 16)
     )
     padded.run(tokens)
     packing.run(tokens)
-    assert (padded.computed_tokens, packing.computed_tokens) == (30, 18)
+    assert (padded.computed_tokens, packing.computed_tokens) == (30, 32)
     assert padded.run(texts([])).shape == (0, 32)
     assert padded.computed_tokens == 0
 
@@ -248,7 +247,5 @@ def test_the_measured_budget_is_the_smallest_near_the_best() -> None:
         return torch.zeros(len(ids_BL), 1)
 
     runner = engine(forward, width=1)
-    assert runner.measure_budget(texts([16] * 2000)) == 4096 == runner.budget
+    assert runner.measure_budget(texts([16])) == 4096 == runner.budget
     assert max(calls) == 8192
-    few = engine(forward, budget=default_budget("cpu"), width=1)
-    assert few.measure_budget(texts([16] * 3)) == default_budget("cpu")  # nothing to measure with

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from pipelines.errors import PinakesError
@@ -40,8 +41,9 @@ def default_budget(device: str) -> int:
 class Engine:
     """Runs `forward` over any number of texts.
 
-    width: C, the numbers a text. budget: padded tokens in a micro-batch; it falls when memory runs out. packs: whether
-    `forward` leaves padding out. computed_tokens: what the last call computed, with the padding it could not leave out.
+    width: C, the numbers a text. budget: padded tokens in a micro-batch; it falls when memory runs out. packs: 0, or
+    where `forward` leaves padding out, what it rounds a micro-batch's tokens up to a multiple of. computed_tokens: what
+    the last call computed, with the padding it could not leave out.
     """
 
     forward: Forward
@@ -49,7 +51,7 @@ class Engine:
     width: int
     device: str
     budget: int
-    packs: bool = False
+    packs: int = 0
     computed_tokens: int = 0
 
     def run(self, tokens: Tokens) -> Array:
@@ -72,11 +74,16 @@ class Engine:
                     self._shrink(error, len(batch), longest)
                     continue
                 out_NC[torch.from_numpy(batch).to(self.device)] = result_BC.float()
-                self.computed_tokens += int(length_N[batch].sum()) if self.packs else len(batch) * longest
+                self.computed_tokens += self._computed(length_N[batch])
                 rest = rest[len(batch) :]
         # Nothing before this line waits for a GPU: it computes one micro-batch while the CPU prepares the next.
         result: Array = out_NC.cpu().numpy()
         return result
+
+    def _computed(self, length_B: Array) -> int:
+        if self.packs:
+            return -(-int(length_B.sum()) // self.packs) * self.packs
+        return len(length_B) * int(length_B.max())
 
     def _forward(self, tokens: Tokens, batch: Array) -> Any:
         import torch
@@ -98,13 +105,13 @@ class Engine:
         if self.device != "cpu":
             torch.cuda.empty_cache()
 
-    def measure_budget(self, tokens: Tokens) -> int:
-        """Find the budget that computes texts such as these fastest, set it and return it.
+    def measure_budget(self, text: Tokens) -> int:
+        """Find the budget that computes copies of one text fastest, set it and return it.
 
-        Takes a few micro-batches of the texts' own middle lengths; the smallest budget near the best wins.
+        The smallest near the best wins.
         """
         best, best_rate = self.budget, 0.0
-        for budget, rate, seconds in self._rates(tokens):
+        for budget, rate, seconds in self._rates(text):
             if rate > best_rate * _WORTH:
                 best, best_rate = budget, rate
             elif rate < best_rate / _WORTH:
@@ -114,22 +121,19 @@ class Engine:
         self.budget = best
         return best
 
-    def _rates(self, tokens: Tokens) -> Iterator[tuple[int, float, float]]:
-        """Yield (budget, tokens/s, seconds of a micro-batch) up the ladder, as long as texts and memory suffice."""
-        usual = longest_first(tokens.lengths)[len(tokens) // 4 :]
+    def _rates(self, text: Tokens) -> Iterator[tuple[int, float, float]]:
+        """Yield (budget, tokens/s, seconds of a micro-batch) up the ladder, as long as the memory suffices."""
         for budget in _LADDERS[self.device.partition(":")[0]]:
-            taken = tokens.take(first_batch(usual, tokens.lengths, budget))
-            if len(taken.ids) < budget // 2:  # there are no more texts
-                return
+            copies = text.take(np.zeros(max(1, budget // len(text.ids)), np.int64))
             self.budget = budget
             seconds: list[float] = []
             while len(seconds) < _RUNS and sum(seconds) < _SLOW_SECONDS / 2:
                 started = time.perf_counter()
-                self.run(taken)
+                self.run(copies)
                 seconds.append(time.perf_counter() - started)
             if self.budget < budget:  # it ran out of memory
                 return
-            yield budget, len(taken.ids) / min(seconds), min(seconds)
+            yield budget, len(copies.ids) / min(seconds), min(seconds)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

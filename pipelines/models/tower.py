@@ -52,9 +52,9 @@ class EncoderTower(nn.Module):
         return self
 
     @property
-    def packs(self) -> bool:
-        """Whether padding costs nothing."""
-        return bool(getattr(self.backbone, "packs", False))
+    def packs(self) -> int:
+        """0 when padding is computed; else what the tokens of a micro-batch are rounded up to a multiple of."""
+        return int(getattr(self.backbone, "packs", 0))
 
     @torch.inference_mode()
     def forward(
