@@ -46,7 +46,8 @@ def built(candidate: Candidate, vectors_ND: Any, asked: HeldOut, params: dict[st
     clock = [time.perf_counter()]
     index = train(spec, vectors_ND[np.sort(picked)], 7, 1)
     clock.append(time.perf_counter())
-    add(index, vectors_ND, rows, 1)
+    order = np.random.default_rng([7, 0]).permutation(len(rows)) if spec.grows else rows
+    add(index, vectors_ND[order], order, 1)
     clock.append(time.perf_counter())
     write(index, path := os.path.join(folder, "shard-000.faiss"))
     start = time.perf_counter()

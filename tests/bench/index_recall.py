@@ -90,7 +90,10 @@ def _measure(index: Any, asked: HeldOut) -> Callable[[Params], Trial]:
 def _built(factory: str, sample_ND: Array, vectors_ND: Array, seed: int) -> Any:
     spec = parse_spec(factory, vectors_ND.shape[1], "ip")
     index = clone_empty(train(spec, sample_ND, seed)) if spec.needs_training else new_index(spec)
-    add(index, vectors_ND, np.arange(len(vectors_ND), dtype=np.int64))
+    row_N = np.arange(len(vectors_ND), dtype=np.int64)
+    if spec.grows:  # in an order drawn by chance, as a build does
+        row_N = np.random.default_rng([seed, 0]).permutation(len(vectors_ND))
+    add(index, vectors_ND[row_N], row_N)
     finish(index)
     return index
 
