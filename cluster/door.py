@@ -25,7 +25,8 @@ _of_this_process: list[Room] = []
 
 def middlewares() -> list[Middleware]:
     """Return what Ray Serve puts before its HTTP servers (RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH)."""
-    size, hold_seconds = json.loads(os.environ[DOOR_LIMITS])
+    usual = ServeConfig()
+    size, hold_seconds = json.loads(os.environ.get(DOOR_LIMITS, f"[{usual.max_ongoing}, {usual.hold_ms / 1000}]"))
     return [Middleware(Door, room=Room(size, hold_seconds))]
 
 

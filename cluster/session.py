@@ -20,7 +20,7 @@ imported."""
 HAPROXY_RETRIES = ("RAY_SERVE_HAPROXY_RETRY_ON", "conn-failure empty-response")
 """Ask another replica when one dies before it has answered, instead of failing: searching twice does no harm."""
 
-DOOR = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "cluster.door:middlewares"}
+DOOR = ("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "cluster.door:middlewares")
 DOOR_LIMITS = "PINAKES_DOOR"
 """The requests that Serve's proxies let in, and the seconds that a refusal is held back, as JSON."""
 
@@ -30,7 +30,7 @@ _results: TextIO | None = None
 def choose_proxy(settings: ServeConfig) -> None:
     """Set what a cluster that this process starts needs for `serve.proxy`; before it starts, and Serve is imported."""
     replicas = settings.replicas if isinstance(settings.replicas, int) else settings.replicas[1]
-    os.environ.update(DOOR)
+    os.environ.setdefault(*DOOR)
     os.environ[DOOR_LIMITS] = json.dumps([settings.max_ongoing * replicas, settings.hold_ms / 1000])
     if settings.proxy == "haproxy":
         os.environ.update(HAPROXY)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -104,9 +105,13 @@ def test_other_protocols_pass() -> None:
 
 
 def test_a_cluster_is_told_of_the_door_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*DOOR, DOOR_LIMITS):
-        monkeypatch.setenv(name, "")  # and put back after the test
+    for name in (DOOR[0], DOOR_LIMITS):
+        monkeypatch.setenv(name, "to be put back after the test")
+        monkeypatch.delenv(name)
+    room = door.middlewares()[0].kwargs["room"]
+    assert (room.size, room.hold_seconds) == (256, 1.0)
     choose_proxy(ServeConfig(max_ongoing=5, replicas=(1, 3), hold_ms=250))
+    assert os.environ[DOOR[0]] == "cluster.door:middlewares"
     (middleware,) = door.middlewares()
     room = middleware.kwargs["room"]
     assert (middleware.cls, room.size, room.hold_seconds) == (door.Door, 15, 0.25)

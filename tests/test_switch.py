@@ -48,12 +48,12 @@ def folder(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, name: str, force: bool = False, **encoder: Any) -> dict[str, Any]:
+def run(folder: Path, name: str, factory: str = "Flat", force: bool = False, **encoder: Any) -> dict[str, Any]:
     content = {
         "root": str(folder / "root"),
         "corpus": {"name": "paq", "sources": [str(folder / "paq.jsonl")], "part_size": 50},
         "encoder": {"compute": "fp32", "storage": "fp32", **encoder},
-        "index": {"name": name, "num_shards": 2, "recall_queries": 10},
+        "index": {"name": name, "num_shards": 2, "recall_queries": 10, "factory": factory},
         "evaluate": {"questions": str(folder / "questions.jsonl"), "k": [1, 10]},
     }
     path = folder / "config.yaml"
@@ -87,22 +87,21 @@ def test_from_256_to_728_dimensions_and_back(folder: Path) -> None:
 
 
 def test_a_run_moves_its_alias_only_through_the_gate(folder: Path) -> None:
-    """An encoder that reads three tokens of a question takes many of them for the same."""
-    root = str(folder / "root")
-    whole = run(folder, "gated", checkpoint=str(folder / "paq256"))
+    """One byte for a whole vector confuses most questions."""
+    root, encoder = str(folder / "root"), str(folder / "paq256")
+    whole = run(folder, "gated", checkpoint=encoder)
     version = whole["version"]["version"]
     assert {check["check"]: check["state"] for check in whole["alias"]["gate"]} == {
         "recall": "skipped", "quality": "skipped", "room": "ok", "smoke": "ok"
     }  # fmt: skip
-    cut = {"checkpoint": str(folder / "paq256"), "max_length": 3}
     with pytest.raises(QualityError, match=r"is not promoted: .* falls from") as refused:
-        run(folder, "gated", **cut)
+        run(folder, "gated", "PQ2x4", checkpoint=encoder)
     assert "--force" in refused.value.hint
     assert publish.current(root, "gated") == version
     assert len(publish.list_versions(root, "gated")) == 2
-    forced = run(folder, "gated", force=True, **cut)["alias"]
+    forced = run(folder, "gated", "PQ2x4", force=True, checkpoint=encoder)["alias"]
     assert (forced["previous"], forced["current"]) == (version, publish.current(root, "gated"))
-    again = run(folder, "gated", **cut)["alias"]  # it is there already: there is nothing to pass
+    again = run(folder, "gated", "PQ2x4", checkpoint=encoder)["alias"]  # it is there already: there is nothing to pass
     assert again["current"] == forced["current"]
 
 
