@@ -7,6 +7,7 @@ PEERS_PYTHON ?= $(BIN)/python
 AUTOFAISS_PYTHON ?= $(BIN)/python
 # Where the benchmarks keep vectors and indexes that take minutes to make.
 BENCH_DATA ?= bench-data
+TEST_PROCESSES ?= 3
 export RAY_USAGE_STATS_ENABLED := 0
 
 .PHONY: help setup test chaos parity bench lint types demo clean
@@ -28,11 +29,9 @@ setup: .venv/ready
 demo: setup
 	$(BIN)/pinakes demo
 
-# The parity tests compute, the others mostly wait for clusters: side by side they take as long as the others alone.
+# Most tests wait for clusters: three processes of them, each with whole files, keep two cores busy.
 test: setup
-	@$(BIN)/pytest tests/parity >.parity.log 2>&1 & parity=$$!; \
-	RAY_AUTH_MODE=disabled $(BIN)/pytest --ignore=tests/parity; others=$$?; \
-	wait $$parity; parity=$$?; cat .parity.log; rm -f .parity.log; exit $$((others | parity))
+	RAY_AUTH_MODE=disabled $(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile
 
 chaos: setup
 	RAY_AUTH_MODE=disabled $(BIN)/pytest -m chaos tests/chaos
