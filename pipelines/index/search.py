@@ -23,6 +23,7 @@ _NO_ROW = -1
 _LAST_ROW = np.iinfo(np.int64).max
 _SCORES_AT_ONCE = 2**24  # 64 MB of fp32 scores
 _ROWS_AT_ONCE = 16_384
+_FEW_REACH = 8  # rows of a block for each hit wanted
 _nsg_lock = threading.Lock()
 
 
@@ -243,9 +244,12 @@ def _keep_best(best: Hits, score_BN: Array, rows_N: Array, k: int) -> Hits:
     A score matters when it reaches the k-th best known, ties included: the smaller row wins those.
     """
     floor_B = best[0][:, -1]
-    if len(rows_N) > k:
+    reaches_BN = score_BN >= floor_B[:, None]
+    # Few do once the best of some blocks are known; until then a block's own k-th best raises the floor, at a price.
+    if len(rows_N) > k and np.count_nonzero(reaches_BN) > _FEW_REACH * k * len(score_BN):
         floor_B = np.maximum(floor_B, np.partition(score_BN, len(rows_N) - k, axis=1)[:, len(rows_N) - k])
-    query_C, column_C = np.nonzero(score_BN >= floor_B[:, None])
+        reaches_BN = score_BN >= floor_B[:, None]
+    column_C, query_C = np.nonzero(reaches_BN.T)  # as it lies in memory
     order = np.lexsort((rows_N[column_C], -score_BN[query_C, column_C], query_C))
     query_C, column_C = query_C[order], column_C[order]
     # Each query's candidates stand together, best first: their place within the query is their rank.
