@@ -22,9 +22,8 @@ import pyarrow as pa
 from pipelines import corpus, embeddings
 from pipelines.config import ONLY_AUTO, IndexConfig
 from pipelines.errors import ArtifactError
-from pipelines.index.build import add, finish, read, write
+from pipelines.index.build import add, add_whole, finish, read, write
 from pipelines.index.merge import merge_files
-from pipelines.index.order import add_in_random_order
 from pipelines.index.spec import IndexSpec, Metric, new_index, parse_spec
 from pipelines.index.tiers import check_refine
 from pipelines.index.tune import Knob, knobs, refinement_knob
@@ -113,8 +112,8 @@ class BuildPlan:
 
     @property
     def order(self) -> str:
-        """Return "random" where rows are added in an order drawn by chance, as the manifest then says; else nothing."""
-        return "random" if self.spec.grows else ""
+        """Return "mixed" where rows are linked in an order drawn by chance, as the manifest then says; else nothing."""
+        return "mixed" if self.spec.grows else ""
 
     @property
     def unfit_rows(self) -> list[int]:
@@ -204,8 +203,7 @@ def add_group(plan: BuildPlan, trained: Receipt, shard: ShardPlan, group: int, n
 def _add_rows(plan: BuildPlan, index: Any, rows: Rows, num_threads: int) -> None:
     if plan.order:
         with plan.work.temporary() as temp:
-            seed = [plan.config.seed, rows.start]
-            add_in_random_order(index, iter_rows(plan, rows), temp, seed, num_threads)
+            add_whole(index, iter_rows(plan, rows), temp, num_threads)
         return
     for vectors_ND, rows_N in iter_rows(plan, rows):
         add(index, vectors_ND, rows_N, num_threads)

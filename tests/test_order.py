@@ -1,4 +1,4 @@
-"""Graphs grow in an order drawn by chance: the same bytes however the rows come, the right rows, and more recall."""
+"""Graphs link their rows in an order drawn by chance: the same bytes however they come, the right rows, more recall."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from hypothesis import strategies as st
 from pipelines import train
 from pipelines.build import add_group, version_name
 from pipelines.errors import ArtifactError, InputError, StorageError
-from pipelines.index import order
-from pipelines.index.build import add
-from pipelines.index.order import add_in_random_order
+from pipelines.index.build import add, add_whole
 from pipelines.index.search import exact_topk, search
 from pipelines.index.spec import new_index, parse_spec
 from pipelines.schema import FORMAT_VERSION
@@ -44,9 +42,9 @@ def blocks(*ends: int, dtype: Any = np.float32, num: int = N) -> Iterator[tuple[
     return ((X[a:b].astype(dtype), ROWS[a:b]) for a, b in pairwise(edges) if a < b)
 
 
-def grown(tmp_path: Path, given: Iterator[tuple[Any, Any]], *, seed: int = 0, threads: int = 1) -> Any:
+def grown(tmp_path: Path, given: Iterator[tuple[Any, Any]], *, threads: int = 1) -> Any:
     index = new_index(parse_spec("HNSW8", D, "ip"))
-    add_in_random_order(index, given, str(tmp_path / "vectors"), [seed], threads)
+    add_whole(index, given, str(tmp_path / "vectors"), threads)
     return index
 
 
@@ -59,23 +57,17 @@ def test_neither_blocks_nor_threads_decide_the_bytes(
     whole = faiss.serialize_index(grown(folder, blocks(num=600))).tobytes()
     cut = grown(folder, blocks(*ends, num=600), threads=threads)
     assert faiss.serialize_index(cut).tobytes() == whole
-    assert faiss.serialize_index(grown(folder, blocks(num=600), seed=1)).tobytes() != whole
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_every_row_is_there_once_and_leads_to_its_own_vector(tmp_path: Path, dtype: Any) -> None:
     index = grown(tmp_path, blocks(700, 4100, dtype=dtype))
-    rows_N = stored_rows(index)
-    assert (np.sort(rows_N) == ROWS).all()
-    assert np.corrcoef(rows_N, np.arange(N))[0, 1] < 0.1
+    np.testing.assert_array_equal(stored_rows(index), ROWS)  # as they lie in the corpus
     stored_ND = faiss.downcast_index(index.index).storage.reconstruct_n(0, N)
-    np.testing.assert_array_equal(stored_ND, X.astype(dtype)[rows_N - ROWS[0]].astype(np.float32))
+    np.testing.assert_array_equal(stored_ND, X.astype(dtype).astype(np.float32))
 
 
-def test_a_sorted_corpus_keeps_more_recall_than_in_its_own_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(order, "_ROWS_AT_ONCE", 250)  # FAISS itself mixes what it is given at once
+def test_a_sorted_corpus_keeps_more_recall_than_in_its_own_order(tmp_path: Path) -> None:
     one_by_one = new_index(parse_spec("HNSW8", D, "ip"))
     for vectors_ND, row_N in blocks(*range(250, N, 250)):
         add(one_by_one, vectors_ND, row_N, 1)
@@ -97,7 +89,9 @@ def test_what_cannot_be_added_or_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="is the disk full"):
         grown(Path("/dev/full/nowhere"), blocks())
     with pytest.raises(StorageError, match="No space left"):
-        add_in_random_order(new_index(parse_spec("HNSW8", D, "ip")), blocks(), "/dev/full", [0])
+        add_whole(new_index(parse_spec("HNSW8", D, "ip")), blocks(), "/dev/full")
+    with pytest.raises(ArtifactError, match="not trained"):
+        add_whole(new_index(parse_spec("HNSW8,SQ8", D, "ip")), blocks(), str(tmp_path / "vectors"))
 
 
 def test_a_graph_shard_is_the_same_whenever_it_is_built_and_leaves_nothing(tmp_path: Path) -> None:
@@ -112,15 +106,14 @@ def test_a_graph_shard_is_the_same_whenever_it_is_built_and_leaves_nothing(tmp_p
     assert [Path(plan.store.path(receipt.name)).read_bytes() for receipt in again] == contents
     assert not list(tmp_path.rglob(".tmp-*"))
     rows_N = stored_rows(faiss.read_index(plan.store.path(first[1].name)))
-    assert (np.sort(rows_N) == np.arange(200, 400)).all()
-    assert (np.diff(rows_N) < 0).any()
+    np.testing.assert_array_equal(rows_N, np.arange(200, 400))
 
 
 @pytest.mark.parametrize(("factory", "drawn"), [("HNSW8", True), ("PCA4,HNSW8", True), ("HNSW8,SQ8", True),
                          ("IVF4_HNSW8,SQ8", False), ("IVF4,SQ8", False), ("Flat", False), ("NSG8", False)])  # fmt: skip
 def test_the_order_names_the_versions_of_graphs_alone(tmp_path: Path, factory: str, drawn: bool) -> None:
     plan = World(tmp_path).plan(factory=factory)
-    assert plan.order == ("random" if drawn else "")
+    assert plan.order == ("mixed" if drawn else "")
     encoder = plan.embeddings["encoder"]
     made_from = [encoder["fingerprint"], encoder["query_fingerprint"], plan.embeddings["snapshot"]]
     before = version_name([FORMAT_VERSION, *made_from, "ip", 2], plan.config.model_dump(), tuned=False)

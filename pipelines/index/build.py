@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from pipelines.index.spec import IndexSpec, new_index
 from pipelines.index.structure import codebooks, ivf_of, nsg_of, trained_parts, transforms, use_threads
 
 Array = npt.NDArray[Any]
+Block = tuple[Array, Array]
 _ROWS_AT_ONCE = 16_384
 _SEED_LIMIT = 2**31
 _PAGE_BYTES = 4096
@@ -71,9 +73,7 @@ def add(index: Any, vectors_ND: Array, rows_N: npt.NDArray[np.int64], num_thread
     another width.
     """
     use_threads(num_threads)
-    check_writable(index)
-    if not index.is_trained:
-        raise ArtifactError("the index is not trained", where="add", expected="an index from train or clone_empty")
+    _check_ready(index)
     rows = np.ascontiguousarray(rows_N, dtype=np.int64)
     if rows.shape != (len(vectors_ND),) or (len(rows) and rows.min() < 0):
         what = f"{rows.shape} rows for {len(vectors_ND)} vectors, or a negative one"
@@ -90,6 +90,33 @@ def add(index: Any, vectors_ND: Array, rows_N: npt.NDArray[np.int64], num_thread
             index.add_with_ids(vectors, rows[chunk])
         else:
             _stage(index, nsg, vectors, rows[chunk])
+
+
+def add_whole(index: Any, blocks: Iterable[Block], path: str, num_threads: int | None = None) -> None:
+    """Add the vectors of all blocks, (vectors (n, D), rows (n,)), in one call, so that a graph takes them in mixed.
+
+    A graph grows vector by vector, each linked to neighbours among those before it: along a corpus sorted by topic it
+    gets few links between topics, and walks that begin in the wrong one are lost. FAISS links what it is given at once
+    in an order drawn by chance (with a seed of its own), and stores it in the order given, so that neighbours in the
+    corpus stay neighbours in memory. How the vectors are cut into blocks does not matter.
+
+    path: where a local file for the vectors in fp32 is written; memory-mapped, it takes none of the process's own
+    memory (what a transform in front makes of them does). Raises what `add` raises, and StorageError when the disk
+    refuses.
+    """
+    use_threads(num_threads)
+    _check_ready(index)
+    rows: list[npt.NDArray[np.int64]] = []
+    try:
+        with open(path, "wb") as file:
+            for vectors_ND, rows_N in blocks:
+                file.write(_checked(vectors_ND, index.d, ArtifactError).data)
+                rows.append(np.asarray(rows_N, np.int64))
+    except OSError as error:
+        raise StorageError(f"cannot write the vectors that a graph grows from: {error}", where=path,
+                           expected="room for a shard's in fp32", hint="is the disk full?") from error  # fmt: skip
+    if num_rows := sum(map(len, rows)):
+        index.add_with_ids(np.memmap(path, np.float32, "r", shape=(num_rows, index.d)), np.concatenate(rows))
 
 
 def finish(index: Any) -> None:
@@ -172,6 +199,12 @@ def _checked(vectors_ND: Array, dim: int, wrong_width: type[PinakesError]) -> np
         bad = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
         raise InputError("a vector is not finite", where=f"vector {bad} of this block", hint="encode its part again")
     return vectors
+
+
+def _check_ready(index: Any) -> None:
+    check_writable(index)
+    if not index.is_trained:
+        raise ArtifactError("the index is not trained", where="add", expected="an index from train or clone_empty")
 
 
 def check_writable(index: Any) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.index.build import add, train, write
+from pipelines.index.build import add, add_whole, train, write
 from pipelines.index.candidates import Candidate, candidates, default_lists
 from pipelines.index.forecast import FIGURES, Scale, compare, extrapolate
 from pipelines.index.pilot import NEAR, Pilot, find_lists, measure, num_lists
@@ -46,8 +46,10 @@ def built(candidate: Candidate, vectors_ND: Any, asked: HeldOut, params: dict[st
     clock = [time.perf_counter()]
     index = train(spec, vectors_ND[np.sort(picked)], 7, 1)
     clock.append(time.perf_counter())
-    order = np.random.default_rng([7, 0]).permutation(len(rows)) if spec.grows else rows
-    add(index, vectors_ND[order], order, 1)
+    if spec.grows:
+        add_whole(index, [(vectors_ND, rows)], os.path.join(folder, "vectors"), 1)
+    else:
+        add(index, vectors_ND, rows, 1)
     clock.append(time.perf_counter())
     write(index, path := os.path.join(folder, "shard-000.faiss"))
     start = time.perf_counter()

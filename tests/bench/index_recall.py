@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from pipelines import embeddings
-from pipelines.index.build import add, clone_empty, finish, train
+from pipelines.index.build import add, add_whole, clone_empty, finish, train
 from pipelines.index.search import exact_topk, search
 from pipelines.index.spec import new_index, parse_spec
 from pipelines.index.structure import ivf_of
 from pipelines.index.tune import HeldOut, Params, Trial, knobs, tune
-from pipelines.storage import Store
+from pipelines.storage import Store, temporary_file
 from tests.bench.index_data import NUM_UNSEEN, Array, Data, K, Result
 
 _SEED_QUERIES = 1000  # held out for tuning and verifying, as in a config's default
@@ -90,10 +90,12 @@ def _measure(index: Any, asked: HeldOut) -> Callable[[Params], Trial]:
 def _built(factory: str, sample_ND: Array, vectors_ND: Array, seed: int) -> Any:
     spec = parse_spec(factory, vectors_ND.shape[1], "ip")
     index = clone_empty(train(spec, sample_ND, seed)) if spec.needs_training else new_index(spec)
-    row_N = np.arange(len(vectors_ND), dtype=np.int64)
-    if spec.grows:  # in an order drawn by chance, as a build does
-        row_N = np.random.default_rng([seed, 0]).permutation(len(vectors_ND))
-    add(index, vectors_ND[row_N], row_N)
+    rows_N = np.arange(len(vectors_ND), dtype=np.int64)
+    if spec.grows:
+        with temporary_file() as path:
+            add_whole(index, [(vectors_ND, rows_N)], path)
+    else:
+        add(index, vectors_ND, rows_N)
     finish(index)
     return index
 
