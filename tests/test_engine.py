@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -249,3 +250,25 @@ def test_the_measured_budget_is_the_smallest_near_the_best() -> None:
     runner = engine(forward, width=1)
     assert runner.measure_budget(texts([16])) == 4096 == runner.budget
     assert max(calls) == 8192
+
+
+def test_threads_load_one_at_a_time() -> None:
+    """transformers patches its classes while it loads: two loads at once left them patched, and tied weights missing."""
+    from transformers import PreTrainedModel
+
+    before, dtype, inside, most = PreTrainedModel.tie_weights, torch.get_default_dtype(), 0, 0
+
+    class Model(torch.nn.Module):
+        @classmethod
+        def from_pretrained(cls, *_: Any, **__: Any) -> tuple[Any, dict[str, list[str]]]:
+            nonlocal inside, most
+            inside, most = inside + 1, max(most, inside + 1)
+            time.sleep(0.01)
+            inside -= 1
+            return cls(), {"missing_keys": [], "unexpected_keys": []}
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: build_model(Model, None, {}, "fp32", "here"), range(8)))
+        list(pool.map(lambda _: make("bert"), range(4)))
+    assert most == 1
+    assert (PreTrainedModel.tie_weights, torch.get_default_dtype()) == (before, dtype)

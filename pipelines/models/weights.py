@@ -35,6 +35,7 @@ UNUSED_HEADS = re.compile(r"(^|\.)(pooler|cls|lm_head|predictions|vocab_(transfo
 
 _NAMED_CODE = re.compile(r"GLOBAL ([\w.]+)")  # in torch's message
 _DEEPEST = 20  # levels of a config; a damaged one may contain itself
+_one_at_a_time = threading.RLock()
 
 
 def torch_dtype(dtype: str) -> torch.dtype:
@@ -260,18 +261,23 @@ def load_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.nn.Lin
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' load report and progress bar: what it would say is checked and raised here."""
+    """Silence transformers' load report and progress bar: what it would say is checked and raised here.
+
+    One thread at a time: while it loads, transformers changes its own classes and torch's default dtype and puts them
+    back after, and of two threads the later one would put back what the earlier one had changed, for good.
+    """
     from transformers.utils import logging
 
-    verbosity, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if had_bar:
-            logging.enable_progress_bar()
+    with _one_at_a_time:
+        verbosity, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            if had_bar:
+                logging.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:

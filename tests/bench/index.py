@@ -32,7 +32,8 @@ from tests.bench.index_recall import topic as measure_topic
 
 _SCRIPT = str(Path(__file__).with_name("index_autofaiss.py"))
 _AUTOFAISS = "autofaiss"
-_FACTORY_AGAINST_AUTOFAISS = "IVF{lists},SQfp16"
+_AGAINST_AUTOFAISS = "IVF{lists},SQfp16"  # few lists and rows to train on: most of them are searched for such a recall
+_ROWS_A_LIST = 64
 _BUDGETS = ("1.5GB", "300MB")
 _MOST_RATIO, _LEAST_SPEEDUP, _LEAST_SHARE = 1.25, 5.0, 0.95
 _NOISE = 0.003  # of a recall over 2,000 queries
@@ -128,21 +129,24 @@ def autofaiss(options: Options) -> Result:
     for budget, peer in budgets.items():
         print(f"  autofaiss with {budget}: {_told(peer)}", flush=True)
     peer = budgets[_BUDGETS[0]]
-    factory = _FACTORY_AGAINST_AUTOFAISS.format(lists=options.sizes.lists)
-    mine = options.job("ours", factory, min_recall=round(peer["recall"], 4))
+    lists = options.sizes.lists // 4
+    factory, train_rows = _AGAINST_AUTOFAISS.format(lists=lists), _ROWS_A_LIST * lists
+    mine = options.job("ours", factory, min_recall=round(peer["recall"], 4), train_rows=train_rows)
     again = _autofaiss(options, _BUDGETS[0])
     # What autofaiss does: vectors in, a tuned index out. Ours loads a model and encodes its held-out questions besides.
     spent = sum(mine["stages"][stage] for stage in ("train", "add", "merge", "tune"))
     theirs = (peer["seconds"] + again["seconds"]) / 2
     speedup, in_all = theirs / spent, theirs / mine["wall_seconds"]
+    built = theirs / mine["seconds"]
     print(f"  ours: {_told(mine)}, of {mine['wall_seconds']:.1f} s in all: {mine['stages']}")
     print(f"  autofaiss with {_BUDGETS[0]}, again: {_told(again)}")
-    print(f"  {judge('speedup', speedup, _LEAST_SPEEDUP)}; with passages, verification and publishing {in_all:.2f}")
+    print(f"  {judge('speedup', speedup, _LEAST_SPEEDUP)}; with passages, verification and publishing {in_all:.2f}, "
+          f"without tuning {built:.2f}")  # fmt: skip
     at_least = (not mine["refused"] and mine["recall"] >= peer["recall"] - _NOISE
                 and mine["index_bytes"] <= peer["index_bytes"])  # fmt: skip
     print(f"  recall and memory at least as good: {'ok' if at_least else 'miss'}")
     return {"budgets": budgets, "again": again, "ours": mine, "speedup": speedup, "speedup_in_all": in_all,
-            "ok": speedup >= _LEAST_SPEEDUP and at_least}  # fmt: skip
+            "speedup_built": built, "ok": speedup >= _LEAST_SPEEDUP and at_least}  # fmt: skip
 
 
 def _autofaiss(options: Options, budget: str) -> Result:
