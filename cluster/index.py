@@ -19,8 +19,9 @@ from pipelines.build import BuildPlan, Rows, ShardPlan
 from pipelines.config import IndexConfig
 from pipelines.index.balance import balance, list_sizes
 from pipelines.index.forecast import compare
+from pipelines.index.reach import probes_needed
 from pipelines.index.search import merge_topk, search
-from pipelines.index.tune import HeldOut, Params, Trial, tune
+from pipelines.index.tune import HeldOut, Measure, Params, Trial, tune
 from pipelines.manifest import Receipt, find_finished
 from pipelines.retrieve import LocalShard, search_without
 from pipelines.vectors import write_vectors
@@ -135,7 +136,8 @@ def _measure_recall(plan: BuildPlan, content: dict[str, Any], progress: Progress
                 stage.advance()
                 return _try(plan, content, tune_on, params, _num_pieces(plan, tune_on))
 
-            tuned = tune(plan.tunable, measure, plan.config.min_recall or 0.0)
+            bound = _bound(plan, content, tune_on)
+            tuned = tune(plan.tunable, measure, plan.config.min_recall or 0.0, bound)
             content["search_params"], facts = tuned.best.params, tuned.facts(len(tune_on))
     with progress.stage("verify", 1) as stage:
         unseen = unseen or held_out(plan, questions)
@@ -165,6 +167,15 @@ def held_out(plan: BuildPlan, questions: str | None, k: int = build.RECALL_K) ->
     queries_QD, k = run_task(_queries_task, plan, questions), min(k, plan.num_rows - len(plan.unfit_rows))
     exact = [found for _, found in run_tasks(_exact_task, build.row_groups(plan), plan, queries_QD, k)]
     return HeldOut(queries_QD, merge_topk(exact, k)[1])
+
+
+def _bound(plan: BuildPlan, content: dict[str, Any], asked: HeldOut) -> Measure | None:
+    """Return what tells the most that so many lists can find, None where the shards' type does not tell it."""
+    if plan.tunable[-1].name != "nprobe":
+        return None
+    numbers, manifest = range(len(plan.shards)), _searchable(content)
+    needed = [found for _, found in run_tasks(_probes_task, numbers, plan.root, manifest, asked)]
+    return None if needed[0] is None else asked.bound(np.min(needed, axis=0))
 
 
 def _num_pieces(plan: BuildPlan, asked: HeldOut) -> int:
@@ -238,6 +249,10 @@ def _search_task(
 
     entry = json.loads(manifest)["files"][plan.shards[number].name]
     return recall.found_in(plan, entry, (queries_BD, k, params), search_shard)
+
+
+def _probes_task(number: int, root: str, manifest: str, asked: HeldOut) -> Any:
+    return probes_needed(_open_shard(root, manifest, number).index, asked.queries_QD, asked.exact_QK)
 
 
 def _list_sizes_task(number: int, root: str, manifest: str) -> Any:

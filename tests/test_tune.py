@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -90,16 +91,63 @@ def test_the_smallest_setting_tried_that_reaches_the_target_is_chosen(
     assert chosen == 1 or chosen - below[-1] <= max(1, chosen // 16)
 
 
-@settings(max_examples=100, deadline=None)
-@given(lists=st.integers(2, 300), depth=st.floats(0.01, 1.0), ceiling=st.floats(0.9, 1.0), price=st.floats(0.1, 50))
-def test_with_a_refinement_the_cheapest_pair_tried_is_chosen(
-    lists: int, depth: float, ceiling: float, price: float
+@settings(max_examples=300, deadline=None)
+@given(
+    most=st.integers(2, 70_000), edge=st.floats(0, 1.2), target=st.floats(0.5, 1.0), width=st.floats(0, 0.05),
+    kept=st.just(1.0) | st.floats(0.3, 1.0), drift=st.floats(0, 0.3), ceiling=st.floats(0.5, 1.0),
+)  # fmt: skip
+def test_any_bound_leads_to_the_same_edge_in_a_few_searches(
+    most: int, edge: float, target: float, width: float, kept: float, drift: float, ceiling: float
 ) -> None:
+    """Codes keep more of the bound the wider the search, up to a ceiling: foresight is right, or far from it."""
+
+    def at_most(p: dict[str, int]) -> Trial:
+        return fake(min(1.0, target * 1.1 * (p["nprobe"] / (edge * most + 1)) ** 0.2), width, **p)
+
+    def measure(p: dict[str, int]) -> Trial:
+        lost = min(1.0, (1 - kept) * (p["nprobe"] / most) ** -drift)
+        return replace(at_most(p), recall=min(at_most(p).recall * (1 - lost), max(ceiling, kept)))
+
+    plain, found = tune([knob("nprobe", most)], measure, target), tune([knob("nprobe", most)], measure, target, at_most)
+    chosen, without = found.best.params["nprobe"], plain.best.params["nprobe"]
+    assert found.reached == plain.reached
+    assert abs(chosen - without) <= max(1, max(chosen, without) // 16)
+    assert len(found.curve) <= np.log2(most) + 8
+    assert (found.best.cautious_recall >= target) == (plain.best.cautious_recall >= target)
+    if kept == 1.0 and found.best.cautious_recall >= target:
+        assert len(found.curve) <= 3
+        assert chosen == 1 or at_most({"nprobe": chosen - 1}).cautious_recall < target
+
+
+def test_codes_that_lose_a_little_take_a_few_searches_near_the_edge() -> None:
+    def at_most(p: dict[str, int]) -> Trial:
+        return fake(1 - 0.4 / p["nprobe"], **p)
+
+    def measure(p: dict[str, int]) -> Trial:
+        return fake(0.998 * at_most(p).recall, **p)
+
+    found = tune([knob("nprobe", 4096)], measure, 0.99, at_most)
+    assert [t.params["nprobe"] for t in found.curve] == [2, 10, 47, 50]
+    assert found.best.params == {"nprobe": 50}
+    assert len(tune([knob("nprobe", 4096)], measure, 0.99).curve) > 10
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    lists=st.integers(2, 300), depth=st.floats(0.01, 1.0), ceiling=st.floats(0.9, 1.0), price=st.floats(0.1, 50),
+    bounded=st.booleans(),
+)  # fmt: skip
+def test_with_a_refinement_the_cheapest_pair_tried_is_chosen(
+    lists: int, depth: float, ceiling: float, price: float, bounded: bool
+) -> None:
+    def at_most(p: dict[str, int]) -> Trial:
+        return fake(min(1, (p["nprobe"] / lists) ** 0.1), **p)
+
     def recall(p: dict[str, int]) -> float:
         return ceiling * min(1, (p["nprobe"] / lists) ** 0.1) * min(1, (p["k_factor"] / (64 * depth)) ** 0.1)
 
     tunable = [knob("k_factor", 64, unit_work=price), knob("nprobe", lists)]
-    found = tune(tunable, lambda p: fake(recall(p), **p), 0.85)
+    found = tune(tunable, lambda p: fake(recall(p), **p), 0.85, at_most if bounded else None)
     work = [price * t.params["k_factor"] + t.params["nprobe"] for t in found.curve]
     assert found.reached
     assert work == sorted(work)
