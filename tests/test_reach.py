@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from pipelines.errors import ArtifactError, InputError
-from pipelines.index.build import add, train
+from pipelines.index.build import add, read, train, write
 from pipelines.index.reach import NEVER, probes_needed
 from pipelines.index.search import exact_topk, search
 from pipelines.index.spec import Metric, new_index, parse_spec
@@ -89,6 +90,16 @@ def test_vectors_beside_the_codes_change_nothing() -> None:
     tiers = TwoTier(codes, vectors.astype(np.float16), 0)
     told = [probes_needed(index, asked.queries_QD, asked.exact_QK) for index in (codes, tiers)]
     assert (told[0] == told[1]).all()
+
+
+@pytest.mark.parametrize("factory", ["IVF32,SQ8", "IVF32,PQ8x4fs", "IVF32_HNSW8,Flat"])
+def test_a_mapped_file_tells_what_the_index_in_memory_tells(factory: str, tmp_path: Path) -> None:
+    asked, index, path = world("ip")[1], built(factory, "ip"), str(tmp_path / "i.faiss")
+    write(index, path)
+    asked.queries_QD.flags.writeable = asked.exact_QK.flags.writeable = False  # as arrays that come from elsewhere
+    told = [probes_needed(each, asked.queries_QD, asked.exact_QK) for each in (index, read(path, mmap=True))]
+    assert (told[0] == told[1]).all()
+    assert told[0].max() <= C
 
 
 def test_rows_that_are_not_there_are_never_seen() -> None:

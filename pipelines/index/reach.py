@@ -6,6 +6,7 @@ exact neighbours that so many lists hold bounds recall from above, and codes tha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -32,25 +33,35 @@ def probes_needed(index: Any, queries_QD: Array, row_QK: Ints) -> Ints | None:
     ranked by the scores of all centroids, on one thread; a graph may visit a few in another order. Raises ArtifactError
     for queries of another width, InputError for one that is not finite.
     """
-    import faiss
-
     codes = codes_of(index)
     ivf = ivf_of(codes)
     if ivf is None or coarse_of(codes) is None:
         return None
-    use_threads(1)
+    use_threads(1)  # so that the machine's number of cores does not decide the last bits
     wanted_W, place = np.unique(row_QK, return_inverse=True)
     list_QK = _lists_of(ivf, wanted_W)[place.reshape(row_QK.shape)]
-    quantizer = faiss.downcast_index(ivf.quantizer)
-    centroid_CD, queries = quantizer.reconstruct_n(0, ivf.nlist), in_front(codes, checked_queries(queries_QD, codes.d))
+    score, queries = _scorer(ivf), in_front(codes, checked_queries(queries_QD, codes.d))
     needed_QK = np.full(row_QK.shape, NEVER, np.int64)
     step = max(1, _SCORES_AT_ONCE // ivf.nlist)
     for block in (slice(start, start + step) for start in range(0, len(queries), step)):
-        score_BC = faiss.pairwise_distances(queries[block], centroid_CD, quantizer.metric_type)
-        if not faiss.is_similarity_metric(quantizer.metric_type):
-            np.negative(score_BC, out=score_BC)
-        needed_QK[block] = np.where(list_QK[block] < 0, NEVER, _ranks(score_BC, list_QK[block]))
+        needed_QK[block] = np.where(list_QK[block] < 0, NEVER, _ranks(score(queries[block]), list_QK[block]))
     return needed_QK
+
+
+def _scorer(ivf: Any) -> Callable[[Array], Array]:
+    """Return what scores queries (B, D) with all centroids (B, C), the better the higher: q.c, or q.c - |c|^2 / 2."""
+    import faiss
+
+    quantizer = faiss.downcast_index(ivf.quantizer)
+    centroid_CD = quantizer.reconstruct_n(0, ivf.nlist)
+    # The centroids as a linear map: FAISS's matrix product obeys the number of threads, NumPy's cannot be told.
+    product = faiss.LinearTransform(ivf.d, ivf.nlist, True)
+    faiss.copy_array_to_vector(centroid_CD.ravel(), product.A)
+    is_similarity = faiss.is_similarity_metric(quantizer.metric_type)
+    norm_C = np.zeros(ivf.nlist) if is_similarity else np.einsum("cd,cd->c", centroid_CD, centroid_CD)
+    faiss.copy_array_to_vector(np.float32(-norm_C / 2), product.b)
+    product.is_trained = True
+    return product.apply  # type: ignore[no-any-return]
 
 
 def _lists_of(ivf: Any, row_W: Ints) -> Ints:
