@@ -140,3 +140,17 @@ def test_few_searches_are_enough_and_choose_as_many_would(factory: str, metric: 
     assert many.reached
     assert few.best == many.best
     assert len(few.curve) <= most_searches
+
+
+def test_a_target_near_one_takes_no_search_of_more_lists_than_hold_all_neighbours() -> None:
+    """Eighty queries leave no room for a margin above 0.99: what counts then is the most that can be found."""
+    index, asked = built("IVF32,Flat", "l2"), world("l2")[1]
+    needed = probes_needed(index, asked.queries_QD, asked.exact_QK)
+
+    def measure(params: dict[str, int]) -> Any:
+        return asked.trial(params, search(index, asked.queries_QD, K, params, num_threads=1)[1], 1.0)
+
+    found = tune(knobs(index, N, K), measure, 0.99, asked.bound(needed))
+    assert (found.reached, found.best.recall) == (True, 1.0)
+    assert found.best.params == {"nprobe": needed.max()}
+    assert len(found.curve) <= 3

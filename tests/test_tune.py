@@ -94,7 +94,7 @@ def test_the_smallest_setting_tried_that_reaches_the_target_is_chosen(
 @settings(max_examples=300, deadline=None)
 @given(
     most=st.integers(2, 70_000), edge=st.floats(0, 1.2), target=st.floats(0.5, 1.0), width=st.floats(0, 0.05),
-    kept=st.just(1.0) | st.floats(0.3, 1.0), drift=st.floats(0, 0.3), ceiling=st.floats(0.5, 1.0),
+    kept=st.just(1.0) | st.floats(0.3, 1.0), drift=st.floats(0, 3), ceiling=st.floats(0.5, 1.0),
 )  # fmt: skip
 def test_any_bound_leads_to_the_same_edge_in_a_few_searches(
     most: int, edge: float, target: float, width: float, kept: float, drift: float, ceiling: float
@@ -105,18 +105,24 @@ def test_any_bound_leads_to_the_same_edge_in_a_few_searches(
         return fake(min(1.0, target * 1.1 * (p["nprobe"] / (edge * most + 1)) ** 0.2), width, **p)
 
     def measure(p: dict[str, int]) -> Trial:
-        lost = min(1.0, (1 - kept) * (p["nprobe"] / most) ** -drift)
-        return replace(at_most(p), recall=min(at_most(p).recall * (1 - lost), max(ceiling, kept)))
+        told = at_most(p)
+        lost = min(1.0, (1 - kept) * told.recall**-drift)
+        return replace(told, recall=min(told.recall * (1 - lost), max(ceiling, kept)))
 
     plain, found = tune([knob("nprobe", most)], measure, target), tune([knob("nprobe", most)], measure, target, at_most)
     chosen, without = found.best.params["nprobe"], plain.best.params["nprobe"]
     assert found.reached == plain.reached
+    if not found.reached:  # at the first value that finds as much as the widest
+        assert found.best.recall == plain.best.recall
+        assert chosen <= without
+        return
     assert abs(chosen - without) <= max(1, max(chosen, without) // 16)
     assert len(found.curve) <= np.log2(most) + 8
     assert (found.best.cautious_recall >= target) == (plain.best.cautious_recall >= target)
-    if kept == 1.0 and found.best.cautious_recall >= target:
-        assert len(found.curve) <= 3
-        assert chosen == 1 or at_most({"nprobe": chosen - 1}).cautious_recall < target
+    if kept == 1.0:
+        assert len(found.curve) <= (3 if found.best.cautious_recall >= target else 4)
+        least = at_most({"nprobe": chosen - 1}) if chosen > 1 else None
+        assert least is None or least.cautious_recall < target
 
 
 def test_codes_that_lose_a_little_take_a_few_searches_near_the_edge() -> None:

@@ -1,16 +1,13 @@
 """Find the cheapest search parameters that keep a recall target, on one half of the queries; the other half verifies.
 
-A search of more lists, a wider walk or a longer list of candidates never finds less, so few searches are enough: the
-value is doubled until the target is reached, then bisected. Where it is known what a setting can find at most, as for
-the lists of an inverted file (see pipelines/index/reach.py), the first value tried is the least that may have the
-target, and that is often all. This file sees what a search found, not what it searched: an index here, or shards on a
-cluster.
+A search of more lists, a wider walk or a longer list of candidates never finds less, so few searches are enough, and
+fewer still where it is known what a value can find at most (pipelines/index/edge.py, pipelines/index/reach.py). This
+file sees what a search found, not what it searched: an index here, or shards on a cluster.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
@@ -21,6 +18,7 @@ import numpy.typing as npt
 
 from pipelines.errors import InputError
 from pipelines.evaluate import Z95, recall_at, recall_half_width
+from pipelines.index.edge import enough, smallest
 from pipelines.index.structure import layers
 from pipelines.index.tiers import FACTOR
 
@@ -31,9 +29,6 @@ _WIDEST_WALK = 4096  # a graph that misses its target there is better built anew
 _MOST_CANDIDATES = 256  # a refinement's, for each hit asked for
 _FIRST_WALK = 16
 _LINKS = 32  # of a graph's node, each the vector of another to look at
-_FINENESS = 16  # bisecting ends within a 16th of the value: finer steps change recall by less than its noise
-_MOST_GROWTH = 4  # of a value from one try to the next: an expectation that is wrong must not cost the widest search
-_CHEAP = (16, 4)  # shares of a value that are tried as well: they show the curve, and what codes lose, at little cost
 _RANDOM_READ = 4  # a candidate of a refinement is read from anywhere, which costs about as much as 4 read in order
 # Two halves that differ by chance alone, by √2 standard errors, agree on the target 19 times in 20.
 _MARGIN = NormalDist().inv_cdf(0.95) * math.sqrt(2) / Z95
@@ -153,8 +148,12 @@ def tune(tunable: Sequence[Knob], measure: Measure, target: float, bound: Measur
     Where no setting has the margin, the widest shows what can be had at all: if that is the target or more, the
     cheapest that is as good as the widest is chosen; else nothing reaches the target. tunable: one knob, or a
     refinement's and the one below it; measure: searches with a setting, on the queries to tune on; bound: the most that
-    the last knob's value lets a setting find, on the same queries, whatever its codes lose.
+    the last knob's value lets a setting find, on the same queries, whatever its codes lose. Values that find no more
+    than smaller ones are not tried: they would only meet more rows that are none of the exact.
     """
+    if bound is not None:
+        *outer, last = tunable
+        tunable = [*outer, replace(last, most=enough(last, bound))]
     tried: dict[tuple[int, ...], Trial] = {}
 
     def at(params: Params) -> Trial:
@@ -188,96 +187,17 @@ def _code_bytes(index: Any) -> int:
 def _explore(tunable: Sequence[Knob], at: Measure, good: Good, bound: Measure | None) -> None:
     """Try settings until the edge between those that are good and those that are not is known."""
     *refinement, knob = tunable
+    if bound is not None and not good(bound({knob.name: knob.most})):
+        return
     if not refinement:
-        _smallest(knob, {}, at, good, bound)
+        smallest(knob, {}, at, good, bound)
         return
     # Fewer candidates to refine need at least as wide a search below: each step goes on where the last one ended.
     for candidates in _descending(refinement[0]):
-        value = _smallest(knob, {refinement[0].name: candidates}, at, good, bound)
+        value = smallest(knob, {refinement[0].name: candidates}, at, good, bound)
         if value is None:
             return
         knob = replace(knob, least=value)
-
-
-def _smallest(knob: Knob, held: Params, at: Measure, good: Good, bound: Measure | None) -> int | None:
-    """Return the smallest value tried that is good beside `held`, None when not even the largest is."""
-    ahead = _Doubling(knob) if bound is None else _Foresight(knob, held, good, bound)
-    below, value = ahead.start(lambda value: at({**held, knob.name: value}))
-    while not good(found := at({**held, knob.name: value})):
-        if value == knob.most:
-            return None
-        below, value = value, min(ahead.after(value, found), knob.most)
-    stride = ahead.stride(value)
-    while value - below > _fine(value):
-        middle = max((below + value) // 2, value - stride)
-        if good(at({**held, knob.name: middle})):
-            value, stride = middle, _MOST_GROWTH * stride
-        else:
-            below = middle
-    return value
-
-
-def _fine(value: int) -> int:
-    return max(1, value // _FINENESS)
-
-
-@dataclass
-class _Doubling:
-    """Where to try next when nothing is known: at the least value, and then twice as far."""
-
-    knob: Knob
-
-    def start(self, at: Callable[[int], Trial]) -> tuple[int, int]:
-        return self.knob.least - 1, self.knob.least
-
-    def after(self, value: int, found: Trial) -> int:
-        return 2 * value
-
-    def stride(self, value: int) -> int:
-        return value
-
-
-@dataclass
-class _Foresight:
-    """Where to try next when it is known what a value finds at most: where that, less what the codes lose, is good.
-
-    What codes lose of the bound at one value is about what they lose at another.
-    """
-
-    knob: Knob
-    held: Params
-    good: Good
-    bound: Measure
-    step: int = 1
-
-    def start(self, at: Callable[[int], Trial]) -> tuple[int, int]:
-        """Return (the largest value that the bound rules out, the first to try)."""
-        value = first = self._edge(1.0)
-        for cheap in (first // share for share in _CHEAP if first // share >= self.knob.least):
-            value = self._edge(self._kept(at(cheap)))
-        self.step = _fine(first)
-        return first - 1, max(first, min(value, _MOST_GROWTH * first))
-
-    def after(self, value: int, found: Trial) -> int:
-        least, self.step = value + self.step, 2 * self.step
-        return max(least, min(self._edge(self._kept(found)), _MOST_GROWTH * value))
-
-    def stride(self, value: int) -> int:
-        """Return how far below a good value the first try lies: foresight seldom misses by much."""
-        return _fine(value)
-
-    def _kept(self, found: Trial) -> float:
-        most = self.bound(found.params).recall
-        return found.recall / most if most else 1.0
-
-    def _edge(self, kept: float) -> int:
-        """Return the smallest value that is good if this share of its bound is found; the largest where none is."""
-
-        def fits(value: int) -> bool:
-            most = self.bound({**self.held, self.knob.name: value})
-            return self.good(replace(most, recall=kept * most.recall))
-
-        return self.knob.least + bisect_left(range(self.knob.least, self.knob.most), True, key=fits)
 
 
 def _descending(knob: Knob) -> list[int]:
