@@ -253,7 +253,7 @@ def test_the_measured_budget_is_the_smallest_near_the_best() -> None:
 
 
 def test_threads_load_one_at_a_time() -> None:
-    """transformers patches its classes while it loads: two loads at once left them patched, and tied weights missing."""
+    """transformers patches its classes while it loads: two loads at once left them so, and tied weights missing."""
     from transformers import PreTrainedModel
 
     before, dtype, inside, most = PreTrainedModel.tie_weights, torch.get_default_dtype(), 0, 0

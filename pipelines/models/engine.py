@@ -24,9 +24,9 @@ Forward = Callable[[Any, Any, Any], Any]
 """(ids_BL, mask_BL, types_BL or None), int64 tensors in the CPU's memory, to out_BC, a tensor on any device."""
 
 # Tokens: a CPU core is busy with a few thousand, a GPU waits for its next kernel below some ten thousand.
-_BUDGETS = {"cpu": 2048, "cuda": 65_536}
-_LADDERS = {"cpu": (1024, 2048, 4096, 8192), "cuda": (16_384, 32_768, 65_536, 131_072, 262_144)}
-_WORTH = 1.03  # a larger budget has to be this much faster, because it also takes more memory
+_BUDGETS = {"cpu": 4096, "cuda": 65_536}
+_LADDERS = {"cpu": (2048, 4096, 8192), "cuda": (16_384, 32_768, 65_536, 131_072, 262_144)}
+_WORTH = 1.01  # a larger budget has to be this much faster, because it also takes more memory
 _SLOW_SECONDS = 1.0  # a micro-batch that takes this long is large enough
 _RUNS = 3  # of one budget, the first of which warms up
 _NO_MEMORY = "can't allocate memory"  # in torch's words for the CPU, where it raises a bare RuntimeError
