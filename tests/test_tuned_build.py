@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,8 @@ def test_a_hopeless_target_is_refused_with_the_nearest_that_can_be_had(job: Job)
     wanted = {"factory": "IVF8,PQ4", "recall_queries": 100}
     before = list_versions(str(job.folder / "root"), "cats")
     told = pinakes("index", job.config("h", min_recall=0.99, **wanted), *SENTENCES, code=7)
-    assert "at best, at nprobe 8, on 50 held-out queries" in told
+    # As many lists as hold every neighbour; more of them would find no more.
+    assert re.search(r"at best, at nprobe [1-8], on 50 held-out queries", told)
     assert "at least 0.99 (index.min_recall)" in told
     assert "'IVF8,PQ4' reaches 0." in told
     assert "'IVF8,SQ8' or 'Flat'" in told
