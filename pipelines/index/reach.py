@@ -61,7 +61,8 @@ def _scorer(ivf: Any) -> Callable[[Array], Array]:
     norm_C = np.zeros(ivf.nlist) if is_similarity else np.einsum("cd,cd->c", centroid_CD, centroid_CD)
     faiss.copy_array_to_vector(np.float32(-norm_C / 2), product.b)
     product.is_trained = True
-    return product.apply  # type: ignore[no-any-return]
+    scores: Callable[[Array], Array] = product.apply
+    return scores
 
 
 def _lists_of(ivf: Any, row_W: Ints) -> Ints:
