@@ -182,6 +182,8 @@ def promote(root: str, name: str, version: str, seen: str | None = "") -> dict[s
     read_version(root, name, version)
     state, before = _load_alias(root, name)
     now = state["current"] if state else None
+    if state and now == version:  # also where somebody else did it a moment ago
+        return state
     if seen not in ("", now):
         raise StorageError(
             f"the alias {name!r} was moved by somebody else: it points to {now or 'nothing'}",
@@ -189,8 +191,6 @@ def promote(root: str, name: str, version: str, seen: str | None = "") -> dict[s
             expected=seen or "no alias yet",
             hint="look at it again (`pinakes status`) and repeat the command",
         )
-    if state and now == version:
-        return state
     entry = {"version": version, "at": _now()}
     state = {
         "format_version": FORMAT_VERSION,
@@ -198,7 +198,13 @@ def promote(root: str, name: str, version: str, seen: str | None = "") -> dict[s
         "previous": now,
         "history": [*(state["history"] if state else []), entry],
     }
-    _save_alias(root, name, state, before)
+    try:
+        _save_alias(root, name, state, before)
+    except StorageError:
+        there, _ = _load_alias(root, name)
+        if there is None or there["current"] != version:
+            raise
+        return there
     return state
 
 

@@ -151,6 +151,23 @@ def test_an_alias_moved_meanwhile_is_left_alone(two: TwoVersions) -> None:
     with pytest.raises(StorageError, match="moved by somebody else"):
         publish.promote(two.root, ALIAS, two.new, seen=None)
     assert publish.promote(two.root, ALIAS, two.new, seen=two.old)["current"] == two.new
+    # Two drivers that want the same: the later one finds it done.
+    assert publish.promote(two.root, ALIAS, two.new, seen=two.old) == publish.read_alias(two.root, ALIAS)
+
+
+def test_two_that_move_an_alias_to_the_same_version_at_once_agree(
+    two: TwoVersions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, before = publish._save_alias, publish.promote(two.root, ALIAS, two.old)["history"]
+
+    def late(*arguments: Any) -> None:
+        monkeypatch.setattr(publish, "_save_alias", save)
+        publish.promote(two.root, ALIAS, two.new)  # the other one, between our look and our write
+        save(*arguments)
+
+    monkeypatch.setattr(publish, "_save_alias", late)
+    assert publish.promote(two.root, ALIAS, two.new) == publish.read_alias(two.root, ALIAS)
+    assert publish.read_alias(two.root, ALIAS)["history"][:-1] == before
 
 
 @pytest.mark.parametrize(
