@@ -31,6 +31,7 @@ _NAME = "pinakes_packed"
 _PACKABLE = ("albert", "bert", "camembert", "distilbert", "dpr", "electra", "roberta", "xlm-roberta")
 _AFTER_PADDING = ("camembert", "roberta", "xlm-roberta")  # their positions start behind the padding id
 _SCORES = 600_000  # attention scores at once on a CPU: about what fits a core's second-level cache
+_FEW_SCORES = 50_000
 _ROW_STEP = 16  # tokens: oneDNN prepares its products for one number of rows, and keeps a bounded number of them
 _TRIAL_LENGTHS = (5, 9, 9, 3)  # of the texts tried when a model is loaded; two are alike
 _CLOSE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
@@ -101,14 +102,24 @@ def _softmax_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tens
     query, key, value = (x.reshape(count * heads, length, width) for x in (query, key, value))
     nothing, out_BLD = query.new_zeros(1, 1, 1), torch.empty_like(query)
     at_once = max(1, _SCORES // (length * length))
-    for rows in (slice(first, first + at_once) for first in range(0, count * heads, at_once)):
-        score_BLL = torch.baddbmm(nothing, query[rows], key[rows].transpose(1, 2), beta=0, alpha=scale)
-        torch.bmm(_softmax(score_BLL), value[rows], out=out_BLD[rows])
+    for first in range(0, count * heads, at_once):
+        pieces = [query, key, value, out_BLD]
+        if at_once < count * heads:
+            pieces = [x[first : first + at_once] for x in pieces]
+        few_query, few_key, few_value, out = pieces
+        score_BLL = torch.baddbmm(nothing, few_query, few_key.transpose(1, 2), beta=0, alpha=scale)
+        torch.bmm(_softmax(score_BLL), few_value, out=out)
     return out_BLD.view(count, heads, length, width)
 
 
 def _softmax(score_BLL: torch.Tensor) -> torch.Tensor:
-    """Return the softmax over the last dimension, by oneDNN: the same numbers as torch's in two thirds of the time."""
+    """Return the softmax over the last dimension.
+
+    oneDNN's gives the same numbers in two thirds of the time, but is three calls instead of one, between which a
+    server's other threads want Python's lock: for a few short queries torch's own.
+    """
+    if score_BLL.numel() < _FEW_SCORES:
+        return torch.softmax(score_BLL, -1)
     return torch.softmax(score_BLL.to_mkldnn(), -1).to_dense()
 
 
