@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 
 _BUDGET = "budget.json"
-_USUAL_TEXT = "a few words that take some time " * 16  # about as long as a passage
+USUAL_TEXT = "a few words that take some time " * 16
+"""Made up, and about as long as a passage: for trials."""
 _IMAGE_BUDGET = 2048  # patches at once: pictures are decoded while a batch waits
 
 
@@ -198,15 +199,15 @@ class Encoder:
 def settle_budget(encoder: Encoder, notes: Store) -> None:
     """Give the encoder the token budget of the whole run, which the first worker to come here measures.
 
-    notes: where the run's workers find what one of them measured. A GPU picks its kernels by the size of a
-    micro-batch, so workers with budgets of their own would not give the same bits; a CPU gives the same bits with any.
+    notes: where the run's workers find what one of them measured. Kernels are picked by the size of a
+    micro-batch, so workers with budgets of their own would not give the same bits (a CPU in bf16 gives them with any).
     Made-up texts are measured, not a part's own: no row of the corpus can spoil it, and it is done before work begins.
     """
     if encoder.spec.token_budget is not None:
         return
     if not notes.exists(_BUDGET):
         with suppress(Exception):  # then the device's usual budget stays
-            encoder.engine.measure_budget(encoder.tokeniser.passages([""], [_USUAL_TEXT]))
+            encoder.engine.measure_budget(encoder.tokeniser.passages([""], [USUAL_TEXT]))
         notes.create(_BUDGET, json.dumps({"token_budget": encoder.engine.budget}).encode())
     encoder.engine.budget = int(json.loads(notes.read(_BUDGET))["token_budget"])
 

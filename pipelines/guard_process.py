@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from pipelines.encode import Encoder, EncoderSpec, ImageEncoder
+from pipelines.encode import USUAL_TEXT, Encoder, EncoderSpec, ImageEncoder
 from pipelines.errors import PinakesError
 from pipelines.guard import (
     DeviceLostError,
@@ -51,7 +51,7 @@ _START_SECONDS = 1800.0  # to load the largest model from the slowest disk
 _PATIENCE = 20  # how many times slower than the trial a range may be: other work may have come to the machine
 _LEAST_SECONDS = 60.0
 _IMAGE_SECONDS = 30.0  # for each, however large; there is no trial
-_TRIAL = 8, "a few words that take some time " * 16  # texts alike, of about a passage's length
+_TRIAL = 8  # texts alike, of about a passage's length
 _CODE = "import sys; from pipelines.guard_process import serve; serve(int(sys.argv[1]))"
 
 
@@ -240,8 +240,7 @@ def _token_seconds(encoder: Encoder | ImageEncoder) -> float:
     """Return what a token of a passage takes, by a trial; 0 for images."""
     if not isinstance(encoder, Encoder):
         return 0.0
-    num_texts, text = _TRIAL
-    tokens = encoder.tokeniser.passages([""] * num_texts, [text] * num_texts)
+    tokens = encoder.tokeniser.passages([""] * _TRIAL, [USUAL_TEXT] * _TRIAL)
     encoder.encode_tokens(tokens)  # the first call also sets things up
     began = time.perf_counter()
     encoder.encode_tokens(tokens)

@@ -252,6 +252,14 @@ def test_the_measured_budget_is_the_smallest_near_the_best() -> None:
     assert max(calls) == 8192
 
 
+def test_a_texts_bits_do_not_depend_on_those_beside_it() -> None:
+    lengths = [3, 31, 31, 32, 32, 33, 39, 7] * 40
+    model = first_hidden(packed.Transformer(make("bert").to(torch.bfloat16)))
+    found = [Engine(model, 1, 32, "cpu", budget).run(texts(lengths)) for budget in (1, 100, 2048, 100_000)]
+    for other in found[1:]:
+        np.testing.assert_array_equal(other, found[0])
+
+
 def test_threads_load_one_at_a_time() -> None:
     """transformers patches its classes while it loads: two loads at once left them so, and tied weights missing."""
     from transformers import PreTrainedModel

@@ -31,7 +31,7 @@ _NAME = "pinakes_packed"
 _PACKABLE = ("albert", "bert", "camembert", "distilbert", "dpr", "electra", "roberta", "xlm-roberta")
 _AFTER_PADDING = ("camembert", "roberta", "xlm-roberta")  # their positions start behind the padding id
 _SCORES = 600_000  # attention scores at once on a CPU: about what fits a core's second-level cache
-_FEW_SCORES = 50_000
+_SHORT = 32  # tokens of a text, below which a call costs more than its work
 _ROW_STEP = 16  # tokens: oneDNN prepares its products for one number of rows, and keeps a bounded number of them
 _TRIAL_LENGTHS = (5, 9, 9, 3)  # of the texts tried when a model is loaded; two are alike
 _CLOSE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
@@ -115,10 +115,11 @@ def _softmax_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tens
 def _softmax(score_BLL: torch.Tensor) -> torch.Tensor:
     """Return the softmax over the last dimension.
 
-    oneDNN's gives the same numbers in two thirds of the time, but is three calls instead of one, between which a
-    server's other threads want Python's lock: for a few short queries torch's own.
+    oneDNN's takes two thirds of the time, but is three calls instead of one, between which a server's other threads
+    want Python's lock: for texts as short as queries torch's own. The two round differently, so that the length alone
+    decides: a text's numbers must not depend on how many come with it.
     """
-    if score_BLL.numel() < _FEW_SCORES:
+    if score_BLL.shape[-1] < _SHORT:
         return torch.softmax(score_BLL, -1)
     return torch.softmax(score_BLL.to_mkldnn(), -1).to_dense()
 
