@@ -31,7 +31,7 @@ demo: setup
 
 # Most tests wait for clusters: three processes of them, each with whole files, keep two cores busy.
 test: setup
-	RAY_AUTH_MODE=disabled $(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile
+	RAY_AUTH_MODE=disabled $(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 chaos: setup
 	RAY_AUTH_MODE=disabled $(BIN)/pytest -m chaos tests/chaos

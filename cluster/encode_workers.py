@@ -55,7 +55,7 @@ class EncoderActor:
     def __init__(self, spec: EncoderSpec, device: str, num_threads: int, store: Store, allowed: int) -> None:
         self.spec, self.device, self.store, self.allowed = spec, device, store, allowed
         self.encoder = self._load(num_threads)
-        self.meter = Meter(self.encoder.tower, spec.compute, device)
+        self.meter = Meter(self.encoder.tower, self.encoder.compute, device)
 
     def _load(self, num_threads: int) -> Any:
         encoder = Encoder(self.spec, "passage", self.device, num_threads)

@@ -75,7 +75,9 @@ def load_reader(checkpoint: str, dtype: str = "fp32", device: str = "cpu", token
     family, directory, options = _find_reader(checkpoint, tokeniser)
     settled = settle_compute(dtype, device)
     if dtype == "auto" and settled == "fp16":
-        settled = "fp32"  # what every reader computes in; a T5 overflows in fp16
+        import torch
+
+        settled = "bf16" if torch.cuda.is_bf16_supported() else "fp32"  # a T5 overflows in fp16
     reader: Reader = family.load(directory, settled, device, **options)
     return reader
 

@@ -73,7 +73,7 @@ class EncoderConfig(Strict):
     """Directory, URL or hub name of the passage encoder (and of the query encoder unless the next is set)."""
     query_checkpoint: str | None = None
     compute: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic of the forward pass; auto is bf16 where the hardware has it, else fp32."""
+    """Arithmetic of the forward pass; auto is fp16 on a GPU, bf16 on a CPU that multiplies it, else fp32."""
     storage: Literal["fp16", "fp32"] = "fp16"
     similarity: Literal["dot", "cosine"] | None = None
     """What the model was trained for, where the checkpoint does not say: sentence-transformers before 3.0."""
@@ -216,7 +216,7 @@ class ServeConfig(Strict):
     placement: Literal["together", "spread"] = "together"
     """together: every replica maps all shards; spread: shards are deployments of their own."""
     threads: int | None = Field(default=None, ge=1)
-    """Threads that a gateway's replica encodes and searches with; without it, its share of the machine's cores."""
+    """Threads that a gateway's replica encodes and searches with; by default its share of all cores but one."""
     batch_tokens: int = Field(default=2048, ge=1)
     """Query tokens that are encoded together at most, so that long queries do not hold up short ones."""
     shard_timeout_ms: int = Field(default=5_000, ge=1)

@@ -153,26 +153,41 @@ def settle_compute(compute: str, device: str) -> str:
 
 
 def default_compute(on_gpu: bool) -> str:
-    """Return "bf16" where the hardware multiplies it natively, else "fp32"."""
+    """Return "fp16" on a GPU; on a CPU "bf16" where it multiplies that natively, else "fp32".
+
+    A GPU is as fast in both, and fp16 has three bits more: vectors differ from fp32's by 3e-6 of cosine, in bf16 by
+    1e-4. What is too large for fp16 comes out as NaN or infinity, and is refused.
+    """
     import torch
 
     if on_gpu:
-        return "bf16" if not torch.cuda.is_available() or torch.cuda.is_bf16_supported() else "fp16"
+        return "fp16"
     return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
 
 
+def compute_here(spec: EncoderSpec, side: Side, device: str) -> str:
+    """Return the arithmetic of one side on a device: the spec's, but for fp16, which is a GPU's, on a CPU.
+
+    There passages are computed in fp32, and queries, which are to be fast, in what the CPU is best at.
+    """
+    if spec.compute != "fp16" or device != "cpu":
+        return spec.compute
+    return "fp32" if side == "passage" else default_compute(on_gpu=False)
+
+
 class Encoder:
-    """One side of an encoder, ready to run: a tokeniser and a tower on a device."""
+    """One side of an encoder, ready to run: a tokeniser and a tower on a device, in `compute` arithmetic."""
 
     def __init__(self, spec: EncoderSpec, side: Side, device: str = "cpu", num_threads: int | None = None) -> None:
         from pipelines.models import find_family
 
         _prepare(device, num_threads)
         self.spec, self.side, self.device = spec, side, device
+        self.compute = compute_here(spec, side, device)
         directory = local_checkpoint(spec, side)
         self.tokeniser = load_tokeniser(spec, side)
         self.tower: Tower = find_family(directory).load_tower(
-            directory, side, spec.compute, device, similarity=_similarity(spec)
+            directory, side, self.compute, device, similarity=_similarity(spec)
         )
         budget = spec.token_budget or default_budget(device)
         packs = getattr(self.tower, "packs", 0)
@@ -217,11 +232,11 @@ class ImageEncoder:
 
     def __init__(self, spec: EncoderSpec, device: str = "cpu", num_threads: int | None = None) -> None:
         _prepare(device, num_threads)
-        self.spec = spec
+        self.spec, self.compute = spec, compute_here(spec, "passage", device)
         family = check_takes_images(spec)
         directory = local_checkpoint(spec, "passage")
         self.budget = spec.token_budget or _IMAGE_BUDGET
-        self.tower: ImageTower = family.load_image_tower(directory, spec.compute, device, similarity=_similarity(spec))
+        self.tower: ImageTower = family.load_image_tower(directory, self.compute, device, similarity=_similarity(spec))
 
     def encode_images(self, images: Sequence[bytes]) -> Array:
         """Return emb_ND (N, D) float32 for N image files, in their order, under the token budget."""

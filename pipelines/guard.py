@@ -43,7 +43,10 @@ _ATTEMPTS = "attempts"
 _SUSPECT_AFTER = 2  # a worker also dies for reasons of its own, so one death says little about a part
 _TRIES = 2  # of a row alone, for the same reason
 _REASON_CHARACTERS = 300
-_HINTS = {"fp16": " (which ends at 65,504: storage fp32 may hold it)", "fp32": ""}
+_HINTS = {
+    "fp16": " (which ends at 65,504: storage fp32 may hold it, or compute bf16)",
+    "fp32": " (in fp16 a model overflows at 65,504: compute bf16 may do)",
+}
 _ALIKE = 4  # this many first rows of a part that fail alike say that something else is broken
 
 

@@ -77,7 +77,8 @@ def check_recall(plan: BuildPlan, content: dict[str, Any]) -> None:
     choose = f"set index.factory to {others}, or lower the target" if others else "lower the target"
     if not tuning["reached"]:
         what = f"{told} at best, at {setting}"
-        hint = f"{plan.config.factory!r} reaches {recall['value']:.2f} at {setting}, its widest search; {choose}"
+        most = f"{plan.config.factory!r} reaches {recall['value']:.2f} at {setting}"
+        hint = f"{most}, and searching wider finds no more; {choose}"
     elif "tuning" in recall:
         what = f"{told} at {setting}, which reached {tuning['value']:.4f} on the {tuning['num_queries']} tuned on"
         hint = f"raise index.recall_queries to tune more surely, set index.search_params yourself, or {choose}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,17 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, which wait for clusters: the last one begun decides when all end."""
+    tests_of = Counter(item.path for item in items)
+    with_cluster = {item.path for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
+
+    def rank(item: pytest.Item) -> tuple[bool, bool, int]:
+        return "chaos" not in item.path.parts, item.path not in with_cluster, -tests_of[item.path]
+
+    items.sort(key=lambda item: (rank(item), str(item.path)))
 
 
 @pytest.fixture(scope="session")

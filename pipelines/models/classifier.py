@@ -8,7 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.models import tokens
-from pipelines.models.engine import Engine, Forward, default_budget
+from pipelines.models.engine import Engine, Forward, default_budget, fetch
+
+_AHEAD = 4096  # texts tokenised at once for a GPU
 
 
 class TextClassifier:
@@ -25,5 +27,11 @@ class TextClassifier:
         self.engine = Engine(forward, encoder.pad_id, width, device, token_budget or default_budget(device))
 
     def logits(self, texts: Sequence[tokens.Text]) -> npt.NDArray[np.float32]:
-        """Return logits_NC (N, C) fp32, one row for each text, in the order given."""
-        return self.engine.run(self.encoder.encode(texts))
+        """Return logits_NC (N, C) fp32, one row for each text, in the order given.
+
+        A GPU computes some texts while the next are tokenised.
+        """
+        step = max(1, len(texts)) if self.engine.device == "cpu" else _AHEAD
+        slices = [texts[start : start + step] for start in range(0, max(1, len(texts)), step)]
+        logits = [self.engine.start(self.encoder.encode(some)) for some in slices]
+        return np.concatenate([fetch(some) for some in logits])

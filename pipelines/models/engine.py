@@ -24,7 +24,7 @@ Forward = Callable[[Any, Any, Any], Any]
 """(ids_BL, mask_BL, types_BL or None), int64 tensors in the CPU's memory, to out_BC, a tensor on any device."""
 
 # Tokens: a CPU core is busy with a few thousand, a GPU waits for its next kernel below some ten thousand.
-_BUDGETS = {"cpu": 4096, "cuda": 65_536}
+_BUDGETS = {"cpu": 4096, "cuda": 131_072}
 _LADDERS = {"cpu": (2048, 4096, 8192), "cuda": (16_384, 32_768, 65_536, 131_072, 262_144)}
 _WORTH = 1.01  # a larger budget has to be this much faster, because it also takes more memory
 _SLOW_SECONDS = 1.0  # a micro-batch that takes this long is large enough
@@ -59,11 +59,20 @@ class Engine:
 
         Raises PinakesError when a text alone does not fit the memory.
         """
+        return fetch(self.start(tokens))
+
+    def start(self, tokens: Tokens) -> Any:
+        """Return what `run` returns, as a tensor on the device, which may still be at work on it.
+
+        A GPU computes one micro-batch while the CPU prepares the next: nothing here waits for it.
+        """
         import torch
 
-        length_N = tokens.lengths
+        from pipelines.models.packed import move
+
+        length_N, device = tokens.lengths, torch.device(self.device)
         rest = longest_first(length_N)
-        out_NC = torch.zeros(len(tokens), self.width, device=self.device)
+        out_NC = torch.zeros(len(tokens), self.width, device=device)
         self.computed_tokens = 0
         with torch.inference_mode():
             while len(rest):
@@ -73,12 +82,10 @@ class Engine:
                 except (MemoryError, RuntimeError) as error:
                     self._shrink(error, len(batch), longest)
                     continue
-                out_NC[torch.from_numpy(batch).to(self.device)] = result_BC.float()
+                out_NC[move(torch.from_numpy(batch), device)] = result_BC.float()
                 self.computed_tokens += self._computed(length_N[batch])
                 rest = rest[len(batch) :]
-        # Nothing before this line waits for a GPU: it computes one micro-batch while the CPU prepares the next.
-        result: Array = out_NC.cpu().numpy()
-        return result
+        return out_NC
 
     def _computed(self, length_B: Array) -> int:
         if self.packs:
@@ -134,6 +141,16 @@ class Engine:
             if self.budget < budget:  # it ran out of memory
                 return
             yield budget, len(copies.ids) / min(seconds), min(seconds)
+
+
+def fetch(tensor: Any) -> Array:
+    """Return a tensor as an array once it is computed; from a GPU by way of pinned memory, ten times as fast."""
+    import torch
+
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    host.copy_(tensor)
+    result: Array = host.numpy()
+    return result
 
 
 def is_out_of_memory(error: BaseException) -> bool:

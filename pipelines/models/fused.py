@@ -10,7 +10,8 @@ Imports torch: import this where it is used.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import nn
 
 _ROWS = 2048  # tokens of a usual micro-batch: what oneDNN chooses the weights' layout for; any number works
 # Where a transformers module calls an activation right on a linear layer's output: the names of the two.
-_PAIRS = (("dense", "intermediate_act_fn"), ("lin1", "activation"), ("ffn", "activation"))
+PAIRS = (("dense", "intermediate_act_fn"), ("lin1", "activation"), ("ffn", "activation"))
 _GELUS = {"GELUActivation": "none", "GELU": "none", "NewGELUActivation": "tanh", "GELUTanh": "tanh"}
 _RESIDUALS = ("SelfOutput", "Output")  # classes that do norm(dense(hidden) + residual)
 
@@ -72,6 +73,19 @@ Change = tuple[nn.Module, str, nn.Module]
 """A module, the name of one of its children, and that child as it was."""
 
 
+def ways(model: nn.Module) -> list[tuple[str, Callable[[nn.Module], list[Change]]]]:
+    """Return what can be done to the model's layers where it is: in words, and the function that does it in place."""
+    weight = next(model.parameters())
+    if can_fuse(model):
+        return [("fused linear layers", fuse)]
+    if weight.device.type == "cuda" and weight.dtype in (torch.bfloat16, torch.float16) and find_spec("triton"):
+        from pipelines.models import fused_gpu
+
+        norms = ("norms in one kernel with their residual", fused_gpu.fuse_norms)
+        return [norms, ("GELU within a product", fused_gpu.fuse_gelus)]
+    return []
+
+
 def can_fuse(model: nn.Module) -> bool:
     """Tell whether oneDNN multiplies the model's dtype here."""
     parameter = next(model.parameters())
@@ -100,27 +114,27 @@ def _changes(model: nn.Module) -> Iterator[Change]:
         for name, child in module.named_children():
             if child in inside:
                 continue
-            if _is_residual(child):
+            if is_residual(child):
                 inside.update(child.modules())
                 yield module, name, child
             elif type(child) is nn.Linear or _exact(child) is not child:
                 inside.add(child)
                 yield module, name, child
-        for linear, activation in _PAIRS:
-            if _gelu(module, linear) is not None:
+        for linear, activation in PAIRS:
+            if gelu_of(module, linear) is not None:
                 yield module, activation, getattr(module, activation)
 
 
-def _is_residual(module: nn.Module) -> bool:
+def is_residual(module: nn.Module) -> bool:
     """Tell whether this is a transformers layer that projects, adds its second input, and normalises."""
     names = {name for name, _ in module.named_children()}
     is_dense = type(getattr(module, "dense", None)) is nn.Linear
     return is_dense and names == {"dense", "LayerNorm", "dropout"} and type(module).__name__.endswith(_RESIDUALS)
 
 
-def _gelu(parent: Any, linear: str) -> str | None:
+def gelu_of(parent: Any, linear: str) -> str | None:
     """Return how the GELU behind the child `linear` of a module is computed; None when there is no GELU there."""
-    activation = dict(_PAIRS).get(linear)
+    activation = dict(PAIRS).get(linear)
     if activation is None or not isinstance(getattr(parent, linear, None), nn.Linear | FusedLinear):
         return None
     return _GELUS.get(type(getattr(parent, activation, None)).__name__)
@@ -135,8 +149,8 @@ def _exact(module: Any) -> Any:
 def _fused(parent: Any, name: str) -> nn.Module:
     child = getattr(parent, name)
     if isinstance(child, nn.Linear):
-        return FusedLinear(child, _gelu(parent, name))
-    if _is_residual(child):
+        return FusedLinear(child, gelu_of(parent, name))
+    if is_residual(child):
         return FusedResidual(child.dense, child.LayerNorm)
     if isinstance(child, nn.LayerNorm):
         return _exact(child)

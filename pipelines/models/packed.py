@@ -1,10 +1,10 @@
 """Run a transformer without computing padding: the tokens of a micro-batch in one row, attention within each text.
 
 Everything but attention works on one token at a time, so a micro-batch of B texts can be a single row of its T real
-tokens. Attention gets the texts' boundaries: on CUDA it is torch's variable-length flash attention, on a CPU batched
-products over texts of one length. transformers' attention interface carries both, for every model that asks it for
-its attention and takes positions as an argument; which do is tried when a model is loaded, against its own padded
-result. The others (MPNet and DeBERTa with relative positions) run padded.
+tokens. Attention gets the texts' boundaries: on CUDA it is a kernel of ours, or torch's variable-length flash
+attention, on a CPU batched products over texts of one length. transformers' attention interface carries them, for
+every model that asks it for its attention and takes positions as an argument; which do is tried when a model is loaded,
+against its own padded result. The others (MPNet and DeBERTa with relative positions) run padded.
 
 Imports torch and transformers: import this where it is used.
 """
@@ -27,6 +27,7 @@ from pipelines.models import fused
 _log = logging.getLogger(__name__)
 
 _NAME = "pinakes_packed"
+_BY_TORCH = "pinakes_packed_by_torch"
 # Families whose layers look at nothing but positions, attention and single tokens. Anything new is tried first.
 _PACKABLE = ("albert", "bert", "camembert", "distilbert", "dpr", "electra", "roberta", "xlm-roberta")
 _AFTER_PADDING = ("camembert", "roberta", "xlm-roberta")  # their positions start behind the padding id
@@ -66,12 +67,29 @@ def attend(
     query, key, value = (x[0].transpose(0, 1) for x in (query_1HTD, key_1HTD, value_1HTD))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.is_cuda:
-        from torch.nn.attention.varlen import varlen_attn
+        from pipelines.models import kernels
 
-        starts, longest = boundaries.starts_B1, boundaries.longest
-        packed = [x.contiguous() for x in (query, key, value)]
-        return varlen_attn(*packed, starts, starts, longest, longest, scale=scale).unsqueeze(0), None
+        return kernels.attend(query, key, value, boundaries.starts_B1, boundaries.longest, scale).unsqueeze(0), None
     return _attend_on_cpu(query, key, value, boundaries, scale).unsqueeze(0), None
+
+
+def attend_by_torch(
+    module: nn.Module,
+    query_1HTD: torch.Tensor,
+    key_1HTD: torch.Tensor,
+    value_1HTD: torch.Tensor,
+    attention_mask: None,
+    scaling: float | None = None,
+    boundaries: Boundaries | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Do what `attend` does by torch's variable-length flash attention, which only CUDA has."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    assert boundaries is not None, "packed attention needs the texts' boundaries"
+    packed = [x[0].transpose(0, 1) for x in (query_1HTD, key_1HTD, value_1HTD)]
+    starts, longest = boundaries.starts_B1, boundaries.longest
+    return varlen_attn(*packed, starts, starts, longest, longest, scale=scaling).unsqueeze(0), None
 
 
 def _attend_on_cpu(
@@ -133,6 +151,7 @@ def _chunks(boundaries: Boundaries, heads: int) -> Iterator[tuple[int, int, int]
 
 
 AttentionInterface.register(_NAME, attend)
+AttentionInterface.register(_BY_TORCH, attend_by_torch)
 
 
 class Transformer(nn.Module):
@@ -163,23 +182,31 @@ class Transformer(nn.Module):
     def tune(self) -> None:
         """Choose the fastest way that gives the model's own result; runs it on a few made-up tokens."""
         own = self._trial()
-        if fused.can_fuse(self.model):
-            changes = fused.fuse(self.model)
-            if not self._agrees(own, "fused linear layers"):
+        for what, fuse in fused.ways(self.model):
+            changes = fuse(self.model)
+            if not self._agrees(own, what):
                 fused.undo(changes)
         if self.config.model_type in _PACKABLE and self._has_kernel():
-            attention = self.config._attn_implementation
-            self.model.set_attn_implementation(_NAME)
-            self.packs = _ROW_STEP if self.device.type == "cpu" else 1
-            if not self._agrees(own, "packed texts"):
-                self.model.set_attn_implementation(attention)
-                self.packs = 0
+            self._pack(own)
+
+    def _pack(self, own: torch.Tensor) -> None:
+        """Pack the texts if a kernel here does that right; the first that does is the fastest."""
+        attention = self.config._attn_implementation
+        on_cpu = self.device.type == "cpu"
+        ways = {_NAME: "packed texts"} if on_cpu else {_NAME: "packed texts", _BY_TORCH: "torch's packed attention"}
+        for name, what in ways.items():
+            self.model.set_attn_implementation(name)
+            self.packs = _ROW_STEP if on_cpu else 1
+            if self._agrees(own, what):
+                return
+        self.model.set_attn_implementation(attention)
+        self.packs = 0
 
     def _agrees(self, own: torch.Tensor, what: str) -> bool:
         kind = self.config.model_type
         try:
             found = self._trial()
-        except (RuntimeError, NotImplementedError) as error:  # a kernel that this device or head width does not have
+        except Exception as error:  # no such kernel for this device or head width, or no compiler for ours
             _log.warning("%s: %s are not used: %s", kind, what, str(error).partition("\n")[0])
             return False
         difference = float((found - own).norm() / own.norm().clamp(min=1e-12))
@@ -235,11 +262,11 @@ class Transformer(nn.Module):
     ) -> torch.Tensor:
         """Return hidden_BLH. ids_BL, mask_BL (bool) and types lie in the CPU's memory."""
         device, (texts, longest) = self.device, ids_BL.shape
-        position_T = _positions(mask_BL, self.config)
-        packed = {"input_ids": ids_BL[mask_BL], "position_ids": position_T}
-        if "token_type_ids" in inspect.signature(self.model.forward).parameters:
-            packed["token_type_ids"] = types["token_type_ids"][mask_BL] if types else torch.zeros_like(position_T)
         place_T = mask_BL.flatten().nonzero().flatten()
+        packed = {"input_ids": ids_BL.flatten()[place_T], "position_ids": _positions(place_T, longest, self.config)}
+        if "token_type_ids" in inspect.signature(self.model.forward).parameters:
+            known = types.get("token_type_ids")
+            packed["token_type_ids"] = torch.zeros_like(place_T) if known is None else known.flatten()[place_T]
         unused = -len(place_T) % self.packs  # behind the texts, copies of the last token
         inputs = {name: move(_extended(tensor, unused), device).unsqueeze(0) for name, tensor in packed.items()}
         boundaries = _boundaries(mask_BL.sum(1), device)
@@ -266,10 +293,12 @@ def _extended(tensor_T: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.cat([tensor_T, tensor_T[-1:].expand(rows)]) if rows else tensor_T
 
 
-def _positions(mask_BL: torch.Tensor, config: Any) -> torch.Tensor:
-    """Return position_T of the packed tokens: 0, 1, ... in each text, behind the padding id for RoBERTa and its kin."""
-    first = _first(config)
-    return torch.arange(first, first + mask_BL.shape[1]).expand(mask_BL.shape)[mask_BL]
+def _positions(place_T: torch.Tensor, longest: int, config: Any) -> torch.Tensor:
+    """Return position_T of the packed tokens: 0, 1, ... in each text, behind the padding id for RoBERTa and its kin.
+
+    place_T: where they lie in texts padded to the longest, one behind the other.
+    """
+    return place_T % longest + _first(config)
 
 
 def _first(config: Any) -> int:

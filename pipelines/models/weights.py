@@ -208,16 +208,16 @@ def build_model(
     missing = sorted(name for name in report["missing_keys"] if needs_pooler or not name.startswith("pooler."))
     unexpected = sorted(name for name in report["unexpected_keys"] if not UNUSED_HEADS.search(name))
     check_names(missing, unexpected, directory, model_class.__name__)
-    if torch_type is torch.bfloat16:
+    if torch_type is not torch.float32:
         _remember_norms(model, state)
     return model.eval()
 
 
 def _remember_norms(model: Any, state: dict[str, torch.Tensor]) -> None:
-    """Give every LayerNorm of a bf16 model its unrounded weight and bias, as a plain attribute `exact`.
+    """Give every LayerNorm of a bf16 or fp16 model its unrounded weight and bias, as a plain attribute `exact`.
 
     Rounding these few numbers costs as much cosine as all other rounding of weights together: kernels that take them
-    in fp32 beside bf16 inputs use them (see `fused`).
+    in fp32 beside such inputs use them (see `fused`).
     """
     prefix = model.base_model_prefix + "."
     for name, module in model.named_modules():

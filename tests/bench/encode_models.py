@@ -78,6 +78,33 @@ def write_cross_encoder(folder: Path, minilm: str) -> str:
     return directory
 
 
+SIZES = {
+    "TinyBERT-L2": {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 512},
+    "MiniLM-L2": {"num_hidden_layers": 2},
+    "MiniLM-L4": {"num_hidden_layers": 4},
+    "MiniLM-L6": {"num_hidden_layers": 6},
+    "MiniLM-L12": {"num_hidden_layers": 12},
+    "BERT-base": {"num_hidden_layers": 12, "hidden_size": 768, "intermediate_size": 3072},
+}
+"""The sizes of cross-encoders that sentence-transformers publishes rates for; MiniLM where nothing else is said."""
+_MINILM_SIZE = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
+
+
+def write_random_cross_encoder(folder: Path, minilm: str, name: str) -> str:
+    """Write a cross-encoder of one of SIZES with random weights. Returns its directory."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    shape = BertConfig(**(_MINILM_SIZE | SIZES[name]), num_labels=1, initializer_range=_SPREAD)
+    model, directory = BertForSequenceClassification(shape), str(folder / name)
+    config = {key: value for key, value in model.config.to_dict().items() if value is not None}
+    _write_json(directory, "config.json", config | {"architectures": ["BertForSequenceClassification"]})
+    save_weights(directory, {key: tensor.numpy() for key, tensor in model.state_dict().items()})
+    _copy_tokeniser(minilm, directory)
+    return directory
+
+
 def _copy_tokeniser(source: str, target: str) -> None:
     for name in _TOKENISER:
         shutil.copy(Path(source, name), Path(target, name))
