@@ -64,11 +64,15 @@ def application(aliases: list[str], config: Config) -> Any:
 
 
 def _num_threads(settings: ServeConfig) -> int:
-    """Return the threads of a gateway's replica: the largest node's cores, shared by all replicas."""
+    """Return the threads of a gateway's replica: the largest node's cores but one, shared by all replicas.
+
+    Serve's proxies and the event loop need the one: products wait for their slowest thread, and lone queries took twice
+    as long where all cores were theirs.
+    """
     from cluster.pools import largest_node_cpus
 
     most = settings.replicas if isinstance(settings.replicas, int) else settings.replicas[1]
-    return settings.threads or max(1, largest_node_cpus() // most)
+    return settings.threads or max(1, (largest_node_cpus() - 1) // most)
 
 
 def _deployment(kind: Any, settings: ServeConfig, replicas: int | tuple[int, int], **options: Any) -> Any:
