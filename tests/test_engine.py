@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel
 from pipelines.errors import PinakesError
 from pipelines.models import fused, packed
 from pipelines.models.base import Tokens
+from pipelines.models.classifier import TextClassifier
 from pipelines.models.engine import Engine, is_out_of_memory
 from pipelines.models.tokens import flatten
 from pipelines.models.weights import build_model
@@ -280,3 +281,24 @@ def test_threads_load_one_at_a_time() -> None:
         list(pool.map(lambda _: make("bert"), range(4)))
     assert most == 1
     assert (PreTrainedModel.tie_weights, torch.get_default_dtype()) == (before, dtype)
+
+
+@pytest.mark.parametrize("logit", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_are_refused(logit: float) -> None:
+    """They would have no place in an order."""
+
+    def forward(ids_BL: torch.Tensor, *_: Any) -> torch.Tensor:
+        return torch.where(ids_BL[:, :1] == 7, logit, 1.0)
+
+    class Encoder:
+        pad_id = 1
+
+        def encode(self, rows: Any) -> Tokens:
+            return flatten(rows)
+
+    scorer = TextClassifier(forward, Encoder(), 1, "cpu")  # type: ignore[arg-type]
+    assert scorer.logits([[5, 6], [8]]).tolist() == [[1.0], [1.0]]  # type: ignore[list-item]
+    assert scorer.logits([]).shape == (0, 1)
+    with pytest.raises(PinakesError, match="not finite") as refused:
+        scorer.logits([[5, 6], [7]])  # type: ignore[list-item]
+    assert "bf16" in refused.value.hint

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.errors import PinakesError
 from pipelines.models import tokens
 from pipelines.models.engine import Engine, Forward, default_budget, fetch
 
@@ -29,9 +30,14 @@ class TextClassifier:
     def logits(self, texts: Sequence[tokens.Text]) -> npt.NDArray[np.float32]:
         """Return logits_NC (N, C) fp32, one row for each text, in the order given.
 
-        A GPU computes some texts while the next are tokenised.
+        A GPU computes some texts while the next are tokenised. Raises PinakesError when a logit is not finite: it would
+        have no place in an order.
         """
         step = max(1, len(texts)) if self.engine.device == "cpu" else _AHEAD
         slices = [texts[start : start + step] for start in range(0, max(1, len(texts)), step)]
         logits = [self.engine.start(self.encoder.encode(some)) for some in slices]
-        return np.concatenate([fetch(some) for some in logits])
+        logits_NC = np.concatenate([fetch(some) for some in logits])
+        if not np.isfinite(logits_NC).all():
+            hint = "in fp16 a model may overflow: set compute to bf16 or fp32; else the checkpoint is broken"
+            raise PinakesError("the model gives scores that are not finite", hint=hint)
+        return logits_NC
