@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +23,8 @@ from pipelines.models.base import Tokens
 from pipelines.models.tokens import flatten, micro_batches, pad
 from pipelines.storage import Store
 from tests.checkpoints import write_dpr, write_paq, write_sentence_transformer
+from tests.checkpoints.sentence import MODELS, write_model
+from tests.checkpoints.words import write_word_vectors
 
 
 @given(lengths=st.lists(st.integers(0, 300), max_size=200), budget=st.integers(1, 1000))
@@ -266,3 +270,31 @@ def test_embeddings_in_place_take_the_query_encoder_of_now(checkpoint: str, tmp_
     write_manifest(embedding_store(str(tmp_path), "s", before), "embeddings", {"encoder": before.as_dict()})
     found = encode(str(tmp_path), snapshot, now, ClusterConfig(), Progress(quiet=True))
     assert found["encoder"] == now.as_dict()
+
+
+@pytest.fixture
+def other_default() -> Iterator[None]:
+    """What a thread sees while another loads a model in bf16: transformers changes torch's default for all of them."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("kind", ["with a head", "word vectors"])
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_another_thread_that_loads_changes_no_vector(
+    kind: str, compute: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if kind == "with a head":
+        ance = next(model for model in MODELS if "LayerNorm" in model.extras)
+        checkpoint = write_model(str(tmp_path / "model"), ance)
+    else:
+        modes = ("max_tokens", "mean_tokens")
+        checkpoint = write_word_vectors(str(tmp_path / "model"), ["the", *TEXTS[0].split()], modes=modes, dim=8)
+    spec = resolve(EncoderConfig(checkpoint=checkpoint, compute=compute))  # type: ignore[arg-type]
+    usual = Encoder(spec, "query").encode_queries(TEXTS)
+    request.getfixturevalue("other_default")
+    found = Encoder(spec, "query").encode_queries(TEXTS)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, usual)

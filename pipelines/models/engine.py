@@ -72,7 +72,8 @@ class Engine:
 
         length_N, device = tokens.lengths, torch.device(self.device)
         rest = longest_first(length_N)
-        out_NC = torch.zeros(len(tokens), self.width, device=device)
+        # Its dtype is said: torch's default is another's for as long as another thread loads a model.
+        out_NC = torch.zeros(len(tokens), self.width, dtype=torch.float32, device=device)
         self.computed_tokens = 0
         with torch.inference_mode():
             while len(rest):

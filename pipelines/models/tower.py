@@ -130,7 +130,7 @@ class WordTower(nn.Module):
         shape = (len(input_ids_BL), self.vectors.embedding_dim)
         total_BH = torch.zeros(shape, dtype=torch.float64, device=input_ids_BL.device)
         weight_B = torch.zeros(shape[0], dtype=torch.float64, device=input_ids_BL.device)
-        top_BH = torch.full(shape, float("-inf"), device=input_ids_BL.device)
+        top_BH = torch.full(shape, float("-inf"), dtype=torch.float32, device=input_ids_BL.device)
         for ids_BL, part_BL in zip(input_ids_BL.split(_CHUNK, 1), mask_BL.split(_CHUNK, 1), strict=True):
             weight_BL = part_BL.float() if self.weight_V is None else part_BL * self.weight_V[ids_BL]
             word_BLH = self.vectors(ids_BL).float() * weight_BL.unsqueeze(-1)
@@ -190,7 +190,7 @@ def _layer(kind: str, folder: str) -> nn.Module:
     if any(list(state[name].shape) != shapes[name] for name in wanted):
         refuse(f"the {kind} weights do not have the shape config.json gives", folder)
     if kind == "LayerNorm":
-        norm = nn.LayerNorm(config["dimension"])
+        norm = nn.LayerNorm(config["dimension"], dtype=torch.float32)
         norm.load_state_dict({"weight": state["norm.weight"], "bias": state["norm.bias"]})
         return norm
     linear = load_linear(state["linear.weight"], state.get("linear.bias"))

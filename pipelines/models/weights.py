@@ -251,7 +251,7 @@ def load_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.nn.Lin
     if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
         shapes = f"{list(weight.shape)} and {None if bias is None else list(bias.shape)}"
         raise CheckpointError(f"a linear layer's weight and bias do not fit: {shapes}", expected="(out, in) and (out,)")
-    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=torch.float32)
     with torch.no_grad():
         layer.weight.copy_(weight)
         if bias is not None:
