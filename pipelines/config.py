@@ -73,7 +73,8 @@ class EncoderConfig(Strict):
     """Directory, URL or hub name of the passage encoder (and of the query encoder unless the next is set)."""
     query_checkpoint: str | None = None
     compute: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic of the forward pass; auto is fp16 on a GPU, bf16 on a CPU that multiplies it, else fp32."""
+    """Arithmetic of the forward pass; auto is fp16 on a GPU, bf16 on a CPU that multiplies it, else fp32. fp16 is a
+    GPU's: a CPU computes passages in fp32 in its place, and queries as auto would."""
     storage: Literal["fp16", "fp32"] = "fp16"
     similarity: Literal["dot", "cosine"] | None = None
     """What the model was trained for, where the checkpoint does not say: sentence-transformers before 3.0."""

@@ -123,7 +123,8 @@ def test_packed_attention_equals_attention_text_by_text() -> None:
     assert boundaries.runs == ((0, 3, 7), (21, 1, 3), (24, 2, 1), (26, 1, 5))
     assert boundaries.starts_B1.tolist() == [0, 7, 14, 21, 24, 25, 26, 31]
     assert boundaries.longest == 7
-    found, _ = packed.attend(torch.nn.Identity(), query, key, value, None, boundaries=boundaries)
+    attend = packed._interface(packed._attend)
+    found, _ = attend(torch.nn.Identity(), query, key, value, None, boundaries=boundaries)
     start = 0
     for length in lengths.tolist():
         q, k, v = (x[0, :, start : start + length].double() for x in (query, key, value))
@@ -131,7 +132,7 @@ def test_packed_attention_equals_attention_text_by_text() -> None:
         torch.testing.assert_close(found[0, start : start + length], expected.transpose(0, 1).float())
         start += length
     halves = [x.bfloat16() for x in (query, key, value)]
-    rough, _ = packed.attend(torch.nn.Identity(), *halves, None, boundaries=boundaries)
+    rough, _ = attend(torch.nn.Identity(), *halves, None, boundaries=boundaries)
     torch.testing.assert_close(rough.float(), found, atol=0.05, rtol=0.05)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,44 +52,51 @@ class Boundaries:
     runs: tuple[tuple[int, int, int], ...]
 
 
-def attend(
-    module: nn.Module,
-    query_1HTD: torch.Tensor,
-    key_1HTD: torch.Tensor,
-    value_1HTD: torch.Tensor,
-    attention_mask: None,
-    scaling: float | None = None,
-    boundaries: Boundaries | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attend within each text of a packed row, as transformers' attention interface wants it. Returns out_1THD."""
-    assert boundaries is not None, "packed attention needs the texts' boundaries"
-    query, key, value = (x[0].transpose(0, 1) for x in (query_1HTD, key_1HTD, value_1HTD))
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.is_cuda:
-        from pipelines.models import kernels
-
-        return kernels.attend(query, key, value, boundaries.starts_B1, boundaries.longest, scale).unsqueeze(0), None
-    return _attend_on_cpu(query, key, value, boundaries, scale).unsqueeze(0), None
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Boundaries, float], torch.Tensor]
+"""(query_THD, key_THD, value_THD, boundaries, scale) to out_THD."""
 
 
-def attend_by_torch(
-    module: nn.Module,
-    query_1HTD: torch.Tensor,
-    key_1HTD: torch.Tensor,
-    value_1HTD: torch.Tensor,
-    attention_mask: None,
-    scaling: float | None = None,
-    boundaries: Boundaries | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Do what `attend` does by torch's variable-length flash attention, which only CUDA has."""
+def _interface(kernel: Kernel) -> Callable[..., tuple[torch.Tensor, None]]:
+    """Return `kernel` as transformers' attention interface calls it: heads before tokens, out_1THD."""
+
+    def attend(
+        module: nn.Module,
+        query_1HTD: torch.Tensor,
+        key_1HTD: torch.Tensor,
+        value_1HTD: torch.Tensor,
+        attention_mask: None,
+        scaling: float | None = None,
+        boundaries: Boundaries | None = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        assert boundaries is not None, "packed attention needs the texts' boundaries"
+        query, key, value = (x[0].transpose(0, 1) for x in (query_1HTD, key_1HTD, value_1HTD))
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return kernel(query, key, value, boundaries, scale).unsqueeze(0), None
+
+    return attend
+
+
+def _attend(
+    query_THD: torch.Tensor, key_THD: torch.Tensor, value_THD: torch.Tensor, boundaries: Boundaries, scale: float
+) -> torch.Tensor:
+    """Attend within each text, by what is fastest on the device."""
+    if not query_THD.is_cuda:
+        return _attend_on_cpu(query_THD, key_THD, value_THD, boundaries, scale)
+    from pipelines.models import kernels
+
+    return kernels.attend(query_THD, key_THD, value_THD, boundaries.starts_B1, boundaries.longest, scale)
+
+
+def _attend_by_torch(
+    query_THD: torch.Tensor, key_THD: torch.Tensor, value_THD: torch.Tensor, boundaries: Boundaries, scale: float
+) -> torch.Tensor:
+    """Attend within each text by torch's variable-length flash attention, which only CUDA has."""
     from torch.nn.attention.varlen import varlen_attn
 
-    assert boundaries is not None, "packed attention needs the texts' boundaries"
-    packed = [x[0].transpose(0, 1) for x in (query_1HTD, key_1HTD, value_1HTD)]
     starts, longest = boundaries.starts_B1, boundaries.longest
-    return varlen_attn(*packed, starts, starts, longest, longest, scale=scaling).unsqueeze(0), None
+    out_THD: torch.Tensor = varlen_attn(query_THD, key_THD, value_THD, starts, starts, longest, longest, scale=scale)
+    return out_THD
 
 
 def _attend_on_cpu(
@@ -150,8 +157,8 @@ def _chunks(boundaries: Boundaries, heads: int) -> Iterator[tuple[int, int, int]
             yield start + first * length, length, min(step, texts - first)
 
 
-AttentionInterface.register(_NAME, attend)
-AttentionInterface.register(_BY_TORCH, attend_by_torch)
+AttentionInterface.register(_NAME, _interface(_attend))
+AttentionInterface.register(_BY_TORCH, _interface(_attend_by_torch))
 
 
 class Transformer(nn.Module):
