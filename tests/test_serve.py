@@ -271,3 +271,17 @@ def test_serve_command_is_found_by_promote_and_stops_on_ctrl_c(served: Served, r
     told = process.communicate()[1]
     assert process.returncode == 0, told
     assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("cpus", "replicas", "threads", "expected"),
+    [(16, 1, None, 15), (16, (1, 4), None, 3), (2, 1, None, 1), (2, 8, None, 1), (1, 1, None, 1), (2, 1, 2, 2)],
+)
+def test_a_gateway_leaves_a_core_to_the_rest(
+    cpus: int, replicas: Any, threads: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cluster.serve import _num_threads
+    from pipelines.config import ServeConfig
+
+    monkeypatch.setattr("cluster.pools.largest_node_cpus", lambda: cpus)
+    assert _num_threads(ServeConfig(replicas=replicas, threads=threads)) == expected

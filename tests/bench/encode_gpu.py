@@ -1,11 +1,11 @@
 """Encoding on one GPU: the engine, and the pipeline's own actor, against sentence-transformers on the same card.
 
-    python -m tests.bench.encode_gpu --data DATA --minilm DIRECTORY [--only bert,cross,rerank,minilm] [--out FILE]
+    python -m tests.bench.encode_gpu --data DATA --minilm DIRECTORY [--only bert,cross,...] [--out FILE]
 
 DATA holds wiki/psgs_w100.tsv.gz and nq/questions.jsonl.gz; DIRECTORY is all-MiniLM-L6-v2, in any dtype. Neither Ray nor
 FAISS is needed. bert: a BERT-base of random weights in DPR's layout. cross: cross-encoders of the sizes that
 sentence-transformers publishes rates for, of random weights, tokens ready. rerank: one of them from texts. minilm: how
-near fp16 and bf16 come to fp32 on real weights.
+near fp16 and bf16 come to fp32 on real weights. attention: our kernel beside torch's.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ _PEER_BATCHES = (32, 64, 128, 256)  # 32 is the peers' default
 _SLICE = 2048  # pairs that a process tokenises at once
 _TOKENISERS = max(1, (os.cpu_count() or 1) - 2)
 
+_HEADS, _REPEATS = 12, 20
 _PATIENCE = 120.0  # seconds in which the other processes must be ready
 
 _encoder: Any = None
@@ -325,6 +326,42 @@ def minilm_check(texts: Texts, minilm: str, folder: Path, count: int) -> Result:
     return found
 
 
+def attention(texts: Texts, minilm: str, folder: Path, count: int) -> Result:
+    """Time our kernel for attention within texts against torch's, on lengths of real passages, heads of 64 and 32."""
+    import torch
+    from torch.nn.attention.varlen import varlen_attn
+
+    from pipelines.encode import load_tokeniser
+    from pipelines.models import kernels
+
+    tokeniser = load_tokeniser(spec_of(minilm, minilm, "fp16"), "passage")
+    length_N = np.sort(tokeniser.passages(*_passages(texts.cut(_CHECKED))).lengths)[::-1].copy()
+    starts = torch.zeros(len(length_N) + 1, dtype=torch.int32, device=DEVICE)
+    starts[1:] = torch.from_numpy(length_N).cumsum(0)
+    total, longest, found = int(length_N.sum()), int(length_N.max()), dict[str, Any]()
+    for width in (64, 32):
+        shared = torch.randn(total, 3 * _HEADS * width, device=DEVICE, dtype=torch.bfloat16)
+        inputs = [x.view(total, _HEADS, width) for x in shared.split(_HEADS * width, -1)]
+        ours = partial(kernels.attend, *inputs, starts, longest, width**-0.5)
+        torchs = partial(varlen_attn, *inputs, starts, starts, longest, longest, scale=width**-0.5)
+        apart = float((ours().float() - torchs().float()).norm() / torchs().float().norm())
+        found[str(width)] = {"ours_us": _microseconds(ours), "torch_us": _microseconds(torchs), "difference": apart}
+        print(f"attention, {total} tokens, heads of {width}: {found[str(width)]}", flush=True)
+    return found
+
+
+def _microseconds(run: Callable[[], Any]) -> float:
+    import torch
+
+    def repeat() -> None:
+        for _ in range(_REPEATS):
+            run()
+        torch.cuda.synchronize()
+
+    repeat()
+    return best_of(repeat) / _REPEATS * 1e6
+
+
 def machine() -> Result:
     import torch
     import transformers
@@ -338,14 +375,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--minilm", required=True)
-    parser.add_argument("--only", default="bert,cross,rerank,minilm")
+    parser.add_argument("--only", default="bert,cross,rerank,minilm,attention")
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--quick", action="store_true", help="a few texts, to see that it all works")
     options = parser.parse_args()
     results: Result = {"machine": machine()}
     print(results["machine"], flush=True)
     texts = read_texts(options.data, 512 if options.quick else 16_384)
-    sections = {"bert": bert, "cross": cross, "rerank": rerank, "minilm": minilm_check}
+    sections = {"bert": bert, "cross": cross, "rerank": rerank, "minilm": minilm_check,
+                "attention": attention}  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         for name in options.only.split(","):
             count = 1024 if options.quick else 65_536
