@@ -40,14 +40,16 @@ def build_version(
     progress: Progress,
     questions: str | None = None,
     forecast: dict[str, Any] | None = None,
+    gpus: float = 0,
 ) -> dict[str, Any]:
     """Build and publish the index of `embedded`; a version that exists already is returned at once.
 
     questions: URL of the questions that recall is measured on; without it, sentences sampled from the passages.
-    forecast: what a pilot expects of it, to be compared with what happens.
+    forecast: what a pilot expects of it, to be compared with what happens. gpus: see BuildPlan.
     Raises QualityError when its recall, measured now or when it was published, misses the target.
     """
-    plan = replace(build.plan_build(root, config, snapshot, embedded, largest_node_cpus()), forecast=forecast)
+    plan = build.plan_build(root, config, snapshot, embedded, largest_node_cpus())
+    plan = replace(plan, forecast=forecast, gpus=gpus)
     if published := find_finished(plan.store, "version", plan.work):
         plan.store.sweep_temporaries(_QUICK_WRITE_SECONDS)
         publish.check_recall(plan, published)
@@ -165,7 +167,8 @@ def _measure_balance(plan: BuildPlan, content: dict[str, Any]) -> dict[str, Any]
 def held_out(plan: BuildPlan, questions: str | None, k: int = build.RECALL_K) -> HeldOut:
     """Return queries that are not stored vectors, with the k rows that exact search finds for them."""
     queries_QD, k = run_task(_queries_task, plan, questions), min(k, plan.num_rows - len(plan.unfit_rows))
-    exact = [found for _, found in run_tasks(_exact_task, build.row_groups(plan), plan, queries_QD, k)]
+    found = run_tasks(_exact_task, build.row_groups(plan), plan, queries_QD, k, num_gpus=plan.gpus)
+    exact = [hits for _, hits in found]
     return HeldOut(queries_QD, merge_topk(exact, k)[1])
 
 

@@ -24,7 +24,7 @@ _WINDOW_PER_CPU = 4
 
 
 def run_tasks(
-    function: Callable[..., Any], items: Sequence[Any], *common: Any, num_cpus: float = 1.0
+    function: Callable[..., Any], items: Sequence[Any], *common: Any, num_cpus: float = 1.0, num_gpus: float = 0
 ) -> Iterator[tuple[int, Any]]:
     """Run `function(item, *common)` for every item as Ray tasks; yield (position, result) as they finish.
 
@@ -34,7 +34,7 @@ def run_tasks(
     import ray
 
     shared = [ray.put(c) for c in common]
-    task = ray.remote(function).options(num_cpus=num_cpus, max_retries=_RETRIES)
+    task = ray.remote(function).options(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=_RETRIES)
     window = max(4, int(cluster_cpus() / num_cpus * _WINDOW_PER_CPU))
     waiting: dict[Any, int] = {}
     upcoming = iter(enumerate(items))
@@ -104,6 +104,15 @@ def cluster_cpus() -> float:
     import ray
 
     return float(ray.cluster_resources().get("CPU", 1.0))
+
+
+def gpus_of_products(config: ClusterConfig, nodes: Sequence[Mapping[str, Any]]) -> float:
+    """Return what a task of k-means or exact search asks for: as much of a GPU as an encoder, where a node has that.
+
+    A CPU does these as well: where none of these nodes (as `ray.nodes()` lists them) has it now, nobody waits for one.
+    """
+    share = config.gpus_per_worker
+    return share if any(node["Alive"] and node["Resources"].get("GPU", 0) >= share for node in nodes) else 0
 
 
 def largest_node_cpus() -> int:

@@ -49,9 +49,11 @@ def application(aliases: list[str], config: Config) -> Any:
     shards: list[Any] = []
     if settings.placement == "spread":
         number = max(manifest["num_shards"] for manifest in manifests)
+        device = "cuda" if settings.gpus_per_shard else "cpu"
+        takes = {"num_cpus": _SHARD_CPUS, "num_gpus": settings.gpus_per_shard}
         shards = [
-            _deployment(Shard, settings, settings.shard_replicas, name=f"shard-{n}", num_cpus=_SHARD_CPUS).bind(
-                root, aliases, pinned, n, number
+            _deployment(Shard, settings, settings.shard_replicas, name=f"shard-{n}", **takes).bind(
+                root, aliases, pinned, n, number, device
             )
             for n in range(number)
         ]

@@ -45,11 +45,14 @@ class Shard:
     """Deployment `number` of `num_deployments`: the shards number, number + num_deployments, … of every version."""
 
     def __init__(
-        self, root: str, aliases: Sequence[str], pinned: Sequence[str], number: int, num_deployments: int
+        self, root: str, aliases: Sequence[str], pinned: Sequence[str], number: int, num_deployments: int, device: str
     ) -> None:
+        """device: "cuda" to search all vectors there; "cpu" to search by the index."""
+        searched_on = None if device == "cpu" else device
+
         def load(manifest: dict[str, Any]) -> ShardGroup:
             mine = range(number, manifest["num_shards"], num_deployments)
-            return ShardGroup(manifest, {n: LocalShard(root, manifest, n) for n in mine})
+            return ShardGroup(manifest, {n: LocalShard(root, manifest, n, device=searched_on) for n in mine})
 
         self.versions: Versions[ShardGroup] = Versions(root, aliases, pinned, load)
         self.versions.start()

@@ -39,7 +39,7 @@ def _train_spread(plan: BuildPlan, spread: Spread, stage: Stage) -> Receipt:
         stage.advance(1 + state.iteration * (len(shares) + 1), reused=True)
     assert state
     while state.iteration < spread.coarse.num_iterations:
-        sums = _in_order(train.sum_share, shares, stage, plan, state)
+        sums = _in_order(train.sum_share, shares, stage, plan, state, num_gpus=plan.gpus)
         before, state = state, run_task(train.step, plan, state, sums)
         stage.advance()
         if state.centroids.sha256 == before.centroids.sha256:
@@ -49,9 +49,11 @@ def _train_spread(plan: BuildPlan, spread: Spread, stage: Stage) -> Receipt:
     return trained
 
 
-def _in_order(task: Callable[..., Receipt], items: Sequence[Any], stage: Stage, *common: Any) -> list[Receipt]:
+def _in_order(
+    task: Callable[..., Receipt], items: Sequence[Any], stage: Stage, *common: Any, num_gpus: float = 0
+) -> list[Receipt]:
     done: dict[int, Receipt] = {}
-    for position, receipt in run_tasks(task, items, *common):
+    for position, receipt in run_tasks(task, items, *common, num_gpus=num_gpus):
         done[position] = receipt
         stage.advance(reused=receipt.reused)
     return [done[position] for position in range(len(items))]

@@ -89,6 +89,8 @@ class BuildPlan:
     """Search parameters to be found for the recall target; none where they are given, or nothing is to be found."""
     forecast: dict[str, Any] | None = None
     """What a pilot expects of the version."""
+    gpus: float = 0
+    """GPUs, or the share of one, of a task that does nothing but products: k-means and exact search. 0: on CPUs."""
 
     @property
     def version(self) -> str:

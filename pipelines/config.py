@@ -216,6 +216,10 @@ class ServeConfig(Strict):
     """Of the reranker and of the reader."""
     placement: Literal["together", "spread"] = "together"
     """together: every replica maps all shards; spread: shards are deployments of their own."""
+    gpus_per_shard: float = Field(default=0, ge=0)
+    """With a GPU, or a share of one, a shard deployment keeps its vectors there and searches them all: exactly. It
+    takes placement "spread", and versions that keep their vectors: index.factory Flat or SQfp16, or index.refine exact.
+    Requests with a filter are searched on CPUs, by the index."""
     threads: int | None = Field(default=None, ge=1)
     """Threads that a gateway's replica encodes and searches with; by default its share of all cores but one."""
     batch_tokens: int = Field(default=2048, ge=1)
@@ -261,6 +265,12 @@ class ServeConfig(Strict):
     """With a GPU, or a share of one, the reranker and the reader compute there."""
     budget_ms: int = Field(default=30_000, ge=1)
     """Time that a request may spend; a stage that no longer fits is left out and named in the answer."""
+
+    @model_validator(mode="after")
+    def _gpus_where_shards_are(self) -> ServeConfig:
+        if self.gpus_per_shard and self.placement != "spread":
+            raise ValueError("gpus_per_shard needs placement: spread, where shards are deployments of their own")
+        return self
 
 
 class ClusterConfig(Strict):

@@ -17,7 +17,8 @@ from pipelines import corpus
 from pipelines.build import BuildPlan, Rows, iter_rows
 from pipelines.encode import Encoder
 from pipelines.evaluate import read_questions
-from pipelines.index.search import Hits, exact_topk
+from pipelines.index.exact import exact_topk, gpu_here
+from pipelines.index.search import Hits
 from pipelines.manifest import Receipt, ensure, fingerprint, put_done
 from pipelines.retrieve import bound_encoder
 from pipelines.storage import Store
@@ -77,7 +78,8 @@ def exact_in(plan: BuildPlan, rows: Rows, queries_QD: Array, k: int) -> Hits:
         if unfit:
             blocks = ((vectors_ND[fit_N], row_N[fit_N]) for vectors_ND, row_N in blocks
                       for fit_N in [~np.isin(row_N, unfit)])  # fmt: skip
-        score_QK, row_QK = exact_topk(queries_QD, blocks, k, plan.metric, num_threads=1)
+        device = gpu_here() if plan.gpus else None
+        score_QK, row_QK = exact_topk(queries_QD, blocks, k, plan.metric, num_threads=1, device=device)
         return {"score_QK": score_QK, "row_QK": row_QK}, {}
 
     name = f"exact-{rows.start}-{rows.stop}.npz"

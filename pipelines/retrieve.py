@@ -21,6 +21,7 @@ from pipelines.errors import ArtifactError, ConfigError
 from pipelines.filters import Filter, fields_of, mask, parse_filter
 from pipelines.index.among import Selection, Selections, search_among, select
 from pipelines.index.build import read
+from pipelines.index.on_gpu import VectorsOnGpu
 from pipelines.index.search import merge_topk, search
 from pipelines.index.tiers import with_vectors
 from pipelines.publish import index_store, read_version
@@ -46,11 +47,14 @@ class ShardSearch(Protocol):
 class LocalShard:
     """A shard memory-mapped in this process.
 
-    num_threads: what one search takes (1: many searches run beside each other). Rows that could not be encoded lie in
-    the index as zero vectors, and are never found.
+    num_threads: what one search takes (1: many searches run beside each other). device: where its vectors are kept and
+    all searched, exactly (torch's name, such as "cuda"); without it, and for the passages that satisfy a filter, the
+    index is searched. Rows that could not be encoded lie in the index as zero vectors, and are never found.
     """
 
-    def __init__(self, root: str, manifest: dict[str, Any], number: int, num_threads: int = 1) -> None:
+    def __init__(
+        self, root: str, manifest: dict[str, Any], number: int, num_threads: int = 1, device: str | None = None
+    ) -> None:
         name = f"shard-{number:03d}.faiss"
         store = index_store(root, manifest["name"]).child(manifest["version"])
         entry = _file_entry(manifest, name)
@@ -68,12 +72,15 @@ class LocalShard:
                 expected=f"{entry['num_rows']} of width {manifest['dim']}",
                 hint="rebuild the version",
             )
+        self._vectors = VectorsOnGpu(self.index, device) if device else None
 
     def search(self, queries_BD: Array, k: int, where: Filter | None = None) -> tuple[Array, Array]:
         if where is not None:
             return search_among(self.index, self.select(where), queries_BD, k, self.params, self.num_threads)
 
         def find(depth: int) -> tuple[Array, Array]:
+            if self._vectors:
+                return self._vectors.search(queries_BD, depth)
             return search(self.index, queries_BD, depth, self.params, self.num_threads)
 
         return find(k) if not len(self.unfit) else search_without(self.unfit, find, k, self.index.ntotal)

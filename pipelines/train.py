@@ -25,6 +25,7 @@ from pipelines.build import TRAINED, BuildPlan, put_index
 from pipelines.errors import ConfigError
 from pipelines.index import kmeans
 from pipelines.index.build import read, train, train_front
+from pipelines.index.exact import gpu_here
 from pipelines.index.identity import quantizer_digest
 from pipelines.index.spec import new_index
 from pipelines.manifest import Receipt, ensure, find_done, fingerprint, put_done
@@ -186,7 +187,7 @@ def find_state(plan: BuildPlan, spread: Spread) -> State | None:
 
 
 def sum_share(share: Receipt, plan: BuildPlan, state: State) -> Receipt:
-    """Add up the rows of one share by their nearest centroid."""
+    """Add up the rows of one share by their nearest centroid, on a GPU where the task has one."""
     name = f"sums-{state.iteration:03d}-{share.name.removeprefix('sample-').removesuffix('.npy')}.npz"
     made_from = fingerprint([plan.build, name, state.centroids.sha256, share.sha256])
 
@@ -195,7 +196,8 @@ def sum_share(share: Receipt, plan: BuildPlan, state: State) -> Receipt:
         coarse = kmeans.coarse_of(index)
         assert coarse
         blocks = (kmeans.in_front(index, block) for block in _blocks(_open(plan.work, share)))
-        sums = kmeans.add_up(coarse, blocks, np.ascontiguousarray(_open(plan.work, state.centroids)))
+        centroids = np.ascontiguousarray(_open(plan.work, state.centroids))
+        sums = kmeans.add_up(coarse, blocks, centroids, gpu_here() if plan.gpus else None)
         write = _npz(sum_CD=sums.sum_CD, count_C=sums.count_C, objective=np.float64(sums.objective))
         return _put_file(plan.work, name, write, made_from, {})
 

@@ -17,7 +17,7 @@ from pipelines.errors import ArtifactError, ConfigError
 from pipelines.filters import Filter, fields_of, mask, parse_filter
 from pipelines.index.among import Selection, Selections, search_among, select
 from pipelines.index.build import add, finish, read, train, write
-from pipelines.index.search import exact_topk
+from pipelines.index.exact import exact_topk
 from pipelines.index.spec import parse_spec
 from pipelines.schema import METADATA, MetadataField, passage_schema
 

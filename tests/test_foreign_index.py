@@ -11,8 +11,9 @@ import pytest
 
 from pipelines.errors import ArtifactError
 from pipelines.index.build import read, write
+from pipelines.index.exact import exact_topk
 from pipelines.index.identity import quantizer_digest
-from pipelines.index.search import exact_topk, search
+from pipelines.index.search import search
 from pipelines.index.spec import parse_spec
 from pipelines.interchange.foreign_index import adopt, open_foreign
 

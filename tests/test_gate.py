@@ -17,7 +17,7 @@ from cluster import switch
 from pipelines import gate, publish, room
 from pipelines.config import PromoteConfig
 from pipelines.errors import ArtifactError, PinakesError, QualityError, StorageError
-from pipelines.index.search import exact_topk
+from pipelines.index.exact import exact_topk
 from pipelines.retrieve import LocalShard, Retriever, search_without
 from pipelines.schema import Hit, Passage
 from tests.two_versions import ALIAS, QUERIES, TwoVersions, build_two

@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 
 from pipelines.errors import ArtifactError, ConfigError, InputError, StorageError
 from pipelines.index.build import add, clone_empty, finish, read, train, write
+from pipelines.index.exact import exact_topk
 from pipelines.index.identity import quantizer_digest
 from pipelines.index.merge import merge, merge_files
-from pipelines.index.search import check_params, exact_topk, merge_topk, parameter_names, search
+from pipelines.index.search import check_params, merge_topk, parameter_names, search
 from pipelines.index.spec import IndexSpec, parse_spec
 from pipelines.index.structure import layers
 

@@ -17,7 +17,8 @@ from pipelines import train
 from pipelines.build import add_group, version_name
 from pipelines.errors import ArtifactError, InputError, StorageError
 from pipelines.index.build import add, add_whole
-from pipelines.index.search import exact_topk, search
+from pipelines.index.exact import exact_topk
+from pipelines.index.search import search
 from pipelines.index.spec import new_index, parse_spec
 from pipelines.schema import FORMAT_VERSION
 from pipelines.verify_shard import stored_rows

@@ -21,9 +21,10 @@ from pipelines.errors import ConfigError, QualityError
 from pipelines.index.balance import balance, list_sizes
 from pipelines.index.build import add, train
 from pipelines.index.candidates import Candidate, candidates, shortlist
+from pipelines.index.exact import exact_topk
 from pipelines.index.forecast import Forecast, Limits, Scale, choose, compare, extrapolate
 from pipelines.index.pilot import Measured, Pilot, find_lists, measure, num_lists
-from pipelines.index.search import exact_topk, search
+from pipelines.index.search import search
 from pipelines.index.spec import parse_spec
 from pipelines.index.tiers import TwoTier
 from pipelines.index.tune import HeldOut

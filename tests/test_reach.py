@@ -11,8 +11,9 @@ import pytest
 
 from pipelines.errors import ArtifactError, InputError
 from pipelines.index.build import add, read, train, write
+from pipelines.index.exact import exact_topk
 from pipelines.index.reach import NEVER, probes_needed
-from pipelines.index.search import exact_topk, search
+from pipelines.index.search import search
 from pipelines.index.spec import Metric, new_index, parse_spec
 from pipelines.index.tiers import TwoTier
 from pipelines.index.tune import HeldOut, knobs, tune

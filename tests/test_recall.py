@@ -13,7 +13,8 @@ import pytest
 from cluster import index as index_verb
 from pipelines import recall
 from pipelines.build import Rows, row_groups
-from pipelines.index.search import exact_topk, merge_topk
+from pipelines.index.exact import exact_topk
+from pipelines.index.search import merge_topk
 from pipelines.index.tune import HeldOut, Trial
 from tests.test_twins import N, World, X, build
 

@@ -17,7 +17,8 @@ from pipelines.errors import ArtifactError, ConfigError, InputError
 from pipelines.index.among import search_among, select
 from pipelines.index.balance import list_sizes
 from pipelines.index.build import add, train
-from pipelines.index.search import exact_topk, search
+from pipelines.index.exact import exact_topk
+from pipelines.index.search import search
 from pipelines.index.spec import parse_spec
 from pipelines.index.tiers import TwoTier, map_vectors, with_vectors, write_vectors
 

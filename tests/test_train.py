@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import faiss
@@ -42,10 +43,9 @@ def cluttered(seed: int = 0) -> Any:
 X = cluttered()
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict[str, Any]]]:
-    """Embedding parts of X, and the root that they lie under."""
-    root, entries = str(tmp_path_factory.mktemp("vectors")), []
+def embedded_parts(folder: Path) -> tuple[str, list[dict[str, Any]]]:
+    """Write the embedding parts of X; return the root that they lie under, and their entries."""
+    root, entries = str(folder), []
     store = Store(root).child("embeddings", "s" * 16, ENCODER["fingerprint"])
     for number, first in enumerate(range(0, N, PART)):
         rows = X[first : first + PART]
@@ -53,6 +53,11 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict[str,
         receipt = put_done(store, embeddings.part_name(number), data, "", {"num_rows": len(rows)})
         entries.append({**receipt.as_entry(), "first_row": first})
     return root, entries
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict[str, Any]]]:
+    return embedded_parts(tmp_path_factory.mktemp("vectors"))
 
 
 def planned(parts: tuple[str, list[dict[str, Any]]], **index: Any) -> BuildPlan:

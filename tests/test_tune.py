@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from pipelines.errors import InputError
 from pipelines.index.build import add, train
-from pipelines.index.search import exact_topk, search
+from pipelines.index.exact import exact_topk
+from pipelines.index.search import search
 from pipelines.index.spec import new_index, parse_spec
 from pipelines.index.tune import HeldOut, Knob, Trial, Tuned, knobs, tune
 

@@ -14,7 +14,7 @@ import pytest
 from pipelines import embeddings, recall, train, twins
 from pipelines.build import BuildPlan, add_group, find_shard, merge_shard, plan_build, write_passages
 from pipelines.config import IndexConfig
-from pipelines.index.search import exact_topk
+from pipelines.index.exact import exact_topk
 from pipelines.manifest import Receipt, drop_receipts, put_done, write_manifest
 from tests.test_corpus import ingest
 

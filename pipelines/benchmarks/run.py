@@ -90,7 +90,8 @@ def retrieved(run: Run, url: str, *, pairs: bool) -> Iterator[tuple[Question, li
 def search(run: Run, queries: Sequence[str], passages: Iterable[Passage], k: int) -> list[list[Hit]]:
     """Return the k passages with the highest inner product for each query, ties by their order; read once."""
     from pipelines.encode import Encoder
-    from pipelines.index.search import exact_topk, merge_topk
+    from pipelines.index.exact import exact_topk
+    from pipelines.index.search import merge_topk
 
     spec = resolve_encoder(run)
     queries_BD = Encoder(spec, "query", run.device).encode_queries(queries)

@@ -87,27 +87,18 @@ def first_centroids(coarse: Coarse, vectors_CD: Floats) -> Floats:
     return _to_length_1(vectors_CD) if coarse.spherical else vectors_CD
 
 
-def add_up(coarse: Coarse, blocks: Iterable[Floats], centroids_CD: Floats) -> Sums:
+def add_up(coarse: Coarse, blocks: Iterable[Floats], centroids_CD: Floats, device: str | None = None) -> Sums:
     """Find the nearest centroid of each row of `blocks` (N, D) and return their sums.
 
-    On one thread, so that the machine's number of cores does not decide the last bits. Raises InputError for a vector
-    that is not finite.
+    By FAISS on one thread, so that the machine's number of cores does not decide the last bits; with `device`, such as
+    "cuda", by torch there, in fp32 as well. Raises InputError for a vector that is not finite.
     """
-    import faiss
-
-    use_threads(1)
-    flat = (faiss.IndexFlatIP if coarse.is_similarity else faiss.IndexFlatL2)(coarse.dim)
-    flat.add(centroids_CD)
-    sums = Sums(np.zeros(centroids_CD.shape), np.zeros(len(centroids_CD), np.int64))
+    adder = _ByTorch(coarse, centroids_CD, device) if device else _ByFaiss(coarse, centroids_CD)
     for block in blocks:
         for start in range(0, len(block), _ROWS_AT_ONCE):
-            vectors = block[start : start + _ROWS_AT_ONCE]
-            score_N1, nearest_N1 = flat.search(vectors, 1)
-            if nearest_N1.min() < 0 or not np.isfinite(score_N1).all():
+            if not adder.add(block[start : start + _ROWS_AT_ONCE]):
                 raise InputError("a vector is not finite", where="k-means", hint="encode its part again")
-            _add_rows(sums, vectors, nearest_N1[:, 0])
-            sums.objective += float(score_N1.sum(dtype=np.float64))
-    return sums
+    return adder.sums()
 
 
 def next_centroids(coarse: Coarse, sums: Sums, seed: list[int]) -> Floats:
@@ -131,11 +122,71 @@ def preset(index: Any, centroids_CD: Floats) -> None:
     quantizer.is_trained = True
 
 
-def _add_rows(sums: Sums, vectors_ND: Floats, nearest_N: npt.NDArray[np.int64]) -> None:
-    order_N = np.argsort(nearest_N, kind="stable")
-    found, starts = np.unique(nearest_N[order_N], return_index=True)
-    sums.sum_CD[found] += np.add.reduceat(vectors_ND[order_N].astype(np.float64), starts, axis=0)
-    sums.count_C[found] += np.diff([*starts, len(order_N)])
+class _ByFaiss:
+    def __init__(self, coarse: Coarse, centroids_CD: Floats) -> None:
+        import faiss
+
+        use_threads(1)
+        self._flat = (faiss.IndexFlatIP if coarse.is_similarity else faiss.IndexFlatL2)(coarse.dim)
+        self._flat.add(centroids_CD)
+        self._sums = Sums(np.zeros(centroids_CD.shape), np.zeros(len(centroids_CD), np.int64))
+
+    def add(self, vectors_ND: Floats) -> bool:
+        """Add the rows to the sums of their centroids; False for one that is not finite."""
+        score_N1, nearest_N1 = self._flat.search(vectors_ND, 1)
+        if nearest_N1.min() < 0 or not np.isfinite(score_N1).all():
+            return False
+        order_N = np.argsort(nearest_N1[:, 0], kind="stable")
+        found, starts = np.unique(nearest_N1[order_N, 0], return_index=True)
+        self._sums.sum_CD[found] += np.add.reduceat(vectors_ND[order_N].astype(np.float64), starts, axis=0)
+        self._sums.count_C[found] += np.diff([*starts, len(order_N)])
+        self._sums.objective += float(score_N1.sum(dtype=np.float64))
+        return True
+
+    def sums(self) -> Sums:
+        return self._sums
+
+
+class _ByTorch:
+    """The same on a device of torch's. Rows are sorted by centroid and summed a run at a time: no order is left open.
+
+    Squared distances are |v|^2 - 2 v.c + |c|^2, which rounds away more than differences would: near a border between
+    two lists a row may fall into the other one.
+    """
+
+    def __init__(self, coarse: Coarse, centroids_CD: Floats, device: str) -> None:
+        import torch
+
+        self._is_similarity, self._centroids_CD = coarse.is_similarity, torch.tensor(centroids_CD, device=device)
+        self._squares_C = (self._centroids_CD**2).sum(1)
+        self._sum_CD = torch.zeros(centroids_CD.shape, dtype=torch.float64, device=device)
+        self._count_C = torch.zeros(len(centroids_CD), dtype=torch.int64, device=device)
+        self._objective = 0.0
+
+    def add(self, vectors_ND: Floats) -> bool:
+        """Add the rows to the sums of their centroids; False for one that is not finite."""
+        import torch
+
+        with torch.inference_mode():
+            vectors = torch.tensor(vectors_ND, device=self._centroids_CD.device)
+            score_NC = vectors @ self._centroids_CD.T
+            if not self._is_similarity:
+                score_NC = score_NC.mul_(2).sub_(self._squares_C)
+            score_N, nearest_N = score_NC.max(dim=1)
+            objective = score_N.double().sum()
+            if not self._is_similarity:
+                objective = (vectors.double() ** 2).sum() - objective
+            if not torch.isfinite(objective):
+                return False
+            counts_C = torch.bincount(nearest_N, minlength=len(self._count_C))
+            by_list = vectors[torch.argsort(nearest_N, stable=True)].double()
+            self._sum_CD += torch.segment_reduce(by_list, "sum", lengths=counts_C, axis=0, initial=0.0)
+            self._count_C += counts_C
+            self._objective += float(objective)
+        return True
+
+    def sums(self) -> Sums:
+        return Sums(self._sum_CD.cpu().numpy(), self._count_C.cpu().numpy(), self._objective)
 
 
 def _split_full_lists(centroids_CD: npt.NDArray[np.float64], count_C: npt.NDArray[np.int64], rng: Any) -> None:

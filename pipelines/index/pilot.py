@@ -18,8 +18,9 @@ import numpy.typing as npt
 
 from pipelines.index.build import add, clone_empty, train, train_front
 from pipelines.index.candidates import Candidate
+from pipelines.index.exact import exact_topk
 from pipelines.index.kmeans import coarse_of, in_front, preset
-from pipelines.index.search import exact_topk, search
+from pipelines.index.search import search
 from pipelines.index.spec import IndexSpec, Metric, new_index, parse_spec
 from pipelines.index.structure import layers
 from pipelines.index.tiers import TwoTier, codes_of

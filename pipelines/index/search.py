@@ -1,10 +1,10 @@
-"""Search an index, merge the answers of shards, and search exactly. A higher score is always better."""
+"""Search an index, and merge the answers of shards. A higher score is always better."""
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.errors import ArtifactError, ConfigError, InputError
-from pipelines.index.spec import Metric
 from pipelines.index.structure import layers, nsg_of, use_threads
 from pipelines.index.tiers import FACTOR, TwoTier, split_params
 
@@ -21,9 +20,6 @@ Hits = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
 
 _NO_ROW = -1
 _LAST_ROW = np.iinfo(np.int64).max
-_SCORES_AT_ONCE = 2**24  # 64 MB of fp32 scores
-_ROWS_AT_ONCE = 16_384
-_FEW_REACH = 8  # rows of a block for each hit wanted
 _nsg_lock = threading.Lock()
 
 
@@ -43,7 +39,7 @@ def search(
     use_threads(num_threads)
     queries = checked_queries(queries_BD, index.d)
     values = check_params(index, params or {})
-    _check_k(k)
+    check_depth(k)
     depth = min(k, index.ntotal)  # a graph asked for more than it holds may never return
     if not depth or not len(queries):
         return padded(np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64), k)
@@ -62,7 +58,7 @@ def _search_tiers(
     """Let the codes find candidates, a multiple of k, and their vectors decide."""
     queries, (factor, rest) = checked_queries(queries_BD, index.d), split_params(params)
     _check_value(FACTOR, factor)
-    _check_k(k)
+    check_depth(k)
     depth = max(1, min(math.ceil(k * factor), index.ntotal))
     _, row_BC = search(index.codes, queries, depth, rest, num_threads)
     return merge_topk([(index.rescore(queries, row_BC), row_BC)], k)
@@ -74,7 +70,7 @@ def merge_topk(parts: Sequence[Hits], k: int) -> Hits:
     The order of the parts does not matter. Raises ConfigError for no parts or k < 1, ArtifactError when the parts
     answer different numbers of queries.
     """
-    _check_k(k)
+    check_depth(k)
     if not parts:
         raise ConfigError("there are no results to merge", where="merge_topk", expected="one part or more")
     if len({len(rows) for _, rows in parts} | {len(scores) for scores, _ in parts}) > 1:
@@ -85,38 +81,6 @@ def merge_topk(parts: Sequence[Hits], k: int) -> Hits:
     best = np.lexsort((row, -score), axis=1)[:, :k]
     score, row = np.take_along_axis(score, best, axis=1), np.take_along_axis(row, best, axis=1)
     return padded(score, np.where(row == _LAST_ROW, _NO_ROW, row), k)
-
-
-def exact_topk(
-    queries_BD: Array, blocks: Iterable[tuple[Array, Array]], k: int, metric: Metric, num_threads: int | None = None
-) -> Hits:
-    """Return the exact (score_BK, row_BK) over blocks of (vectors (N, D) fp16 or fp32, rows (N,)), best first.
-
-    Reads the blocks once; memory is bounded by one block and 64 MB of scores. Results of different blocks, or
-    machines, merge with `merge_topk`. Raises ArtifactError when widths differ.
-    """
-    import faiss
-
-    use_threads(num_threads)
-    _check_k(k)
-    queries = np.ascontiguousarray(queries_BD, dtype=np.float32)
-    # The queries as a linear map: FAISS's matrix product obeys num_threads, NumPy's cannot be told.
-    product = faiss.LinearTransform(queries.shape[1], len(queries), False)
-    faiss.copy_array_to_vector(queries.ravel(), product.A)
-    product.is_trained = True
-    best = padded(np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64), k)
-    step = max(1, min(_ROWS_AT_ONCE, _SCORES_AT_ONCE // max(1, len(queries))))
-    for vectors_ND, rows_N in blocks:
-        if vectors_ND.shape[1:] != queries.shape[1:] or len(rows_N) != len(vectors_ND):
-            raise ArtifactError(f"a block has shape {vectors_ND.shape} and {len(rows_N)} rows", where="exact search",
-                                expected=f"vectors of width {queries.shape[1]}, one row each")  # fmt: skip
-        for start in range(0, len(rows_N) if len(queries) else 0, step):
-            vectors = np.ascontiguousarray(vectors_ND[start : start + step], dtype=np.float32)
-            score_BN = product.apply(vectors).T
-            if metric == "l2":
-                score_BN = _negative_distance(score_BN, queries, vectors)
-            best = _keep_best(best, score_BN, np.asarray(rows_N[start : start + step], np.int64), k)
-    return best
 
 
 def parameter_names(index: Any) -> list[str]:
@@ -231,35 +195,6 @@ def _search_nsg(index: Any, graph: Any, queries: Array, k: int, values: Mapping[
     return distance_BK, row_BK
 
 
-def _negative_distance(product_BN: Array, queries: Array, vectors: Array) -> Array:
-    """Return -|q - v|^2 = 2 q.v - |q|^2 - |v|^2, at most 0 whatever the rounding."""
-    query_norm_B = np.einsum("bd,bd->b", queries, queries)
-    vector_norm_N = np.einsum("nd,nd->n", vectors, vectors)
-    return np.minimum(2 * product_BN - query_norm_B[:, None] - vector_norm_N[None, :], 0)
-
-
-def _keep_best(best: Hits, score_BN: Array, rows_N: Array, k: int) -> Hits:
-    """Merge a block's scores into the best so far; only scores that can still matter are sorted.
-
-    A score matters when it reaches the k-th best known, ties included: the smaller row wins those.
-    """
-    floor_B = best[0][:, -1]
-    reaches_BN = score_BN >= floor_B[:, None]
-    # Few do once the best of some blocks are known; until then a block's own k-th best raises the floor, at a price.
-    if len(rows_N) > k and np.count_nonzero(reaches_BN) > _FEW_REACH * k * len(score_BN):
-        floor_B = np.maximum(floor_B, np.partition(score_BN, len(rows_N) - k, axis=1)[:, len(rows_N) - k])
-        reaches_BN = score_BN >= floor_B[:, None]
-    column_C, query_C = np.nonzero(reaches_BN.T)  # as it lies in memory
-    order = np.lexsort((rows_N[column_C], -score_BN[query_C, column_C], query_C))
-    query_C, column_C = query_C[order], column_C[order]
-    # Each query's candidates stand together, best first: their place within the query is their rank.
-    rank_C = np.arange(len(query_C)) - np.searchsorted(query_C, query_C)
-    query_C, column_C, rank_C = (array[rank_C < k] for array in (query_C, column_C, rank_C))
-    score_BK, row_BK = np.full_like(best[0], -np.inf), np.full_like(best[1], _NO_ROW)
-    score_BK[query_C, rank_C], row_BK[query_C, rank_C] = score_BN[query_C, column_C], rows_N[column_C]
-    return merge_topk([best, (score_BK, row_BK)], k)
-
-
 def checked_queries(queries_BD: Array, dim: int) -> npt.NDArray[np.float32]:
     if queries_BD.ndim != 2:
         raise InputError(f"queries have shape {queries_BD.shape}", where="search", expected=f"(B, {dim})")
@@ -272,7 +207,7 @@ def checked_queries(queries_BD: Array, dim: int) -> npt.NDArray[np.float32]:
     return queries
 
 
-def _check_k(k: int) -> None:
+def check_depth(k: int) -> None:
     if k < 1:
         raise ConfigError(f"k is {k}", where="search", expected="1 or more")
 

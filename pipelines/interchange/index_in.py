@@ -26,8 +26,9 @@ from pipelines.encode import Encoder, EncoderSpec
 from pipelines.errors import ConfigError, InputError
 from pipelines.evaluate import recall_at, recall_half_width
 from pipelines.index.build import read, write
+from pipelines.index.exact import exact_topk
 from pipelines.index.identity import quantizer_digest
-from pipelines.index.search import check_params, exact_topk
+from pipelines.index.search import check_params
 from pipelines.interchange.foreign_index import Foreign, adopt, open_foreign
 from pipelines.interchange.matching import Count, RowLookup, read_part_ids, refuse_misfits
 from pipelines.interchange.sample import check_sample

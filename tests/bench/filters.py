@@ -20,7 +20,8 @@ import numpy.typing as npt
 
 from pipelines.index.among import search_among, select
 from pipelines.index.build import add, train
-from pipelines.index.search import exact_topk, parameters, search
+from pipelines.index.exact import exact_topk
+from pipelines.index.search import parameters, search
 from pipelines.index.spec import parse_spec
 from tests.bench.common import keep
 from tests.bench.index_data import Data, prepare

@@ -19,9 +19,10 @@ import numpy as np
 
 from pipelines.index.build import add, add_whole, train, write
 from pipelines.index.candidates import Candidate, candidates, default_lists
+from pipelines.index.exact import exact_topk
 from pipelines.index.forecast import FIGURES, Scale, compare, extrapolate
 from pipelines.index.pilot import NEAR, Pilot, find_lists, measure, num_lists
-from pipelines.index.search import exact_topk, search
+from pipelines.index.search import search
 from pipelines.index.spec import parse_spec
 from pipelines.index.tune import HeldOut
 from tests.bench.common import keep

@@ -139,7 +139,7 @@ def _lay_out(data: Data, embedded: Result) -> None:
     """Write the vectors and the questions as the peers and the measurements take them."""
     from pipelines import embeddings
     from pipelines.encode import Encoder
-    from pipelines.index.search import exact_topk
+    from pipelines.index.exact import exact_topk
     from pipelines.retrieve import bound_encoder
     from pipelines.storage import Store
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from pipelines import embeddings
 from pipelines.index.build import add, add_whole, clone_empty, finish, train
-from pipelines.index.search import exact_topk, search
+from pipelines.index.exact import exact_topk
+from pipelines.index.search import search
 from pipelines.index.spec import new_index, parse_spec
 from pipelines.index.structure import ivf_of
 from pipelines.index.tune import HeldOut, Params, Trial, knobs, tune

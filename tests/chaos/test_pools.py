@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from cluster.pools import encode_resources, stream_rows, told_while_waiting
+from cluster.pools import encode_resources, gpus_of_products, run_tasks, stream_rows, told_while_waiting
 from pipelines.config import ClusterConfig
 
 pytestmark = pytest.mark.chaos
@@ -195,3 +195,23 @@ def test_a_cluster_without_the_gpu_that_is_asked_for_says_so_at_once(cluster: An
     with told_while_waiting(ClusterConfig(), said.append):
         pass
     assert len(said) == 1
+
+
+def _whereabouts(item: int) -> tuple[str, list[str]]:
+    import ray
+
+    here = ray.get_runtime_context()
+    return here.get_node_id(), here.get_accelerator_ids()["GPU"]
+
+
+def test_tasks_of_products_go_where_the_gpus_are(cluster: Any) -> None:
+    import ray
+
+    config = ClusterConfig(gpus_per_worker=0.5)
+    assert gpus_of_products(config, ray.nodes()) == 0
+    node = cluster.add_node(num_cpus=2, num_gpus=1)
+    cluster.wait_for_nodes()
+    share = gpus_of_products(config, ray.nodes())
+    found = dict(run_tasks(_whereabouts, range(4), num_gpus=share))
+    assert [found[i] for i in range(4)] == [(node.node_id, ["0"])] * 4
+    cluster.remove_node(node)
