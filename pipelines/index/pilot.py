@@ -4,12 +4,16 @@ A sample alone would flatter: codes confuse a row with those that lie nearly as 
 So the rows that lie nearest to the queries in the whole corpus are added where recall is measured, and left out where
 time is, since queries would find more rows near them than the corpus has. What a graph loses is another thing: its walk
 goes astray, the oftener the larger the graph is, and two sizes of it show how much.
+
+A sample also fits into a processor's caches, where the shard to come does not: searches are timed over copies of the
+index that are together as large.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,14 +21,15 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.index.build import add, clone_empty, train, train_front
-from pipelines.index.candidates import Candidate
+from pipelines.index.candidates import Candidate, Search
 from pipelines.index.exact import exact_topk
 from pipelines.index.kmeans import coarse_of, in_front, preset
+from pipelines.index.reach import probes_needed
 from pipelines.index.search import search
 from pipelines.index.spec import IndexSpec, Metric, new_index, parse_spec
 from pipelines.index.structure import layers
 from pipelines.index.tiers import TwoTier, codes_of
-from pipelines.index.tune import HeldOut, Params, Trial, Tuned, knobs, refinement_knob, tune
+from pipelines.index.tune import HeldOut, Knob, Measure, Params, Trial, Tuned, knobs, refinement_knob, tune
 
 Array = npt.NDArray[Any]
 Rows = npt.NDArray[np.int64]
@@ -33,6 +38,11 @@ NEAR = 100
 """How many of the rows nearest to a query join the sample: ten for each of the ten that recall counts."""
 _FEW = 16  # the first fill is a 16th of the sample
 _SINGLE = 100  # searches that are timed one by one
+_BEYOND_CACHES = 256 << 20  # bytes that no processor keeps at hand
+_MOST_COPIES = 64
+# Queries that a copy is asked before another one is: more of them would find it in the cache, which the shard outgrows.
+# They look at all of it, or walk through parts of it; of lists each looks at a few of its own.
+_AT_ONCE: dict[Search, int | None] = {"scan": 1, "graph": 8, "lists": None}
 
 
 @dataclass(frozen=True)
@@ -117,7 +127,7 @@ def measure(candidate: Candidate, spec: IndexSpec, pilot: Pilot, lists: Lists | 
     if candidate.search == "graph":
         tuned, add_seconds, fills, p95_ms = _on_graph(trained, pilot, num_threads)
     else:
-        tuned, add_seconds, fills, p95_ms = _on_codes(trained, pilot, candidate.refine == "exact")
+        tuned, add_seconds, fills, p95_ms = _on_codes(trained, pilot, candidate)
     return Measured(
         factory=candidate.factory,
         search=candidate.search,
@@ -127,7 +137,7 @@ def measure(candidate: Candidate, spec: IndexSpec, pilot: Pilot, lists: Lists | 
         reached=tuned.reached,
         num_lists=len(lists.centroid_CD) if lists else 0,
         train_rows=len(pilot.row_S),
-        list_seconds=lists.seconds if lists else 0.0,
+        list_seconds=lists.seconds * _narrower(spec) if lists else 0.0,
         code_seconds=code_seconds,
         add_seconds=add_seconds,
         fills=fills,
@@ -138,11 +148,12 @@ def measure(candidate: Candidate, spec: IndexSpec, pilot: Pilot, lists: Lists | 
 _Found = tuple[Tuned, float, tuple[tuple[int, float], tuple[int, float]], float]
 
 
-def _on_codes(trained: Any, pilot: Pilot, refines: bool) -> _Found:
+def _on_codes(trained: Any, pilot: Pilot, candidate: Candidate) -> _Found:
     """Tune on the sample with the near rows, then time two fills of the sample alone.
 
-    refines: with the vectors behind the codes. They are in memory here, as those asked for often are when serving.
+    Vectors that refine are in memory here, as those asked for often are when serving.
     """
+    refines, at_once = candidate.refine == "exact", _AT_ONCE[candidate.search]
     pilot = _by_place(pilot) if refines else pilot
     with np.errstate(over="ignore"):  # such vectors find nothing, and no build takes them
         behind = np.concatenate([pilot.sample_SD, pilot.near_ND]).astype(np.float16) if refines else None
@@ -157,13 +168,29 @@ def _on_codes(trained: Any, pilot: Pilot, refines: bool) -> _Found:
     del dense
     index, few = clone_empty(trained), max(1, len(pilot.row_S) // _FEW)
     add(index, pilot.sample_SD[:few], pilot.row_S[:few], num_threads=1)
-    first = _ms(searched(index), pilot, tuned.best.params)
+    first = _ms(_copies(index, pilot, searched), pilot, tuned.best.params, at_once)
     start = time.perf_counter()
     add(index, pilot.sample_SD[few:], pilot.row_S[few:], num_threads=1)
     add_seconds = (time.perf_counter() - start) / max(1, len(pilot.row_S) - few)
-    whole = searched(index)
-    fills = (few, first), (len(pilot.row_S), _ms(whole, pilot, tuned.best.params))
+    whole = _copies(index, pilot, searched)
+    fills = (few, first), (len(pilot.row_S), _ms(whole, pilot, tuned.best.params, at_once))
     return tuned, add_seconds, fills, _p95_ms(whole, pilot, tuned.best.params)
+
+
+def _narrower(spec: IndexSpec) -> float:
+    """Return the share of the vectors' width that is left where they reach the lists: k-means takes as much time."""
+    coarse = coarse_of(new_index(spec))
+    return coarse.dim / spec.dim if coarse else 1.0
+
+
+def _copies(index: Any, pilot: Pilot, searched: Callable[[Any], Any]) -> list[Any]:
+    """Return what is searched of the index and of copies of it, together as large as the shard, or as any cache."""
+    import faiss
+
+    content = faiss.serialize_index(index)
+    wanted = min(content.nbytes * pilot.num_rows / index.ntotal, _BEYOND_CACHES)
+    num = min(math.ceil(wanted / content.nbytes), _MOST_COPIES)
+    return [searched(index), *(searched(faiss.deserialize_index(content)) for _ in range(num - 1))]
 
 
 def _by_place(pilot: Pilot) -> Pilot:
@@ -179,15 +206,18 @@ def _by_place(pilot: Pilot) -> Pilot:
 def _on_graph(trained: Any, pilot: Pilot, num_threads: int) -> _Found:
     """Build graphs of the sample and of its quarter, each asked for its own nearest rows, and tune the larger.
 
-    What a walk misses lies anywhere in the corpus, not near the query: the near rows would only shorten it.
+    What a walk misses lies anywhere in the corpus, not near the query: the near rows would only shorten it. A row that
+    is added walks as a query does: caches help both alike.
     """
     begin = time.perf_counter()
     index = _filled(trained, pilot, len(pilot.row_S), num_threads)
     add_seconds = (time.perf_counter() - begin) * num_threads / index.ntotal
     small = _filled(trained, pilot, max(1, len(pilot.row_S) // 4), num_threads)
     tuned = _tuned(index, _alone(pilot, index), (small, _alone(pilot, small)))
-    ms = _ms(index, pilot, tuned.best.params)
-    return tuned, add_seconds, ((small.ntotal, ms), (index.ntotal, ms)), _p95_ms(index, pilot, tuned.best.params)
+    copies = _copies(index, pilot, lambda one: one)
+    ms = _ms(copies, pilot, tuned.best.params, _AT_ONCE["graph"])
+    add_seconds *= max(1.0, ms / _ms(copies[:1], pilot, tuned.best.params))
+    return tuned, add_seconds, ((small.ntotal, ms), (index.ntotal, ms)), _p95_ms(copies, pilot, tuned.best.params)
 
 
 def _filled(trained: Any, pilot: Pilot, num_rows: int, num_threads: int) -> Any:
@@ -239,9 +269,17 @@ def _tuned(index: Any, pilot: Pilot, smaller: tuple[Any, Pilot] | None = None) -
     if isinstance(index, TwoTier):
         tunable = [refinement_knob(index.d, pilot.num_rows, pilot.asked.k), *tunable]
     if tunable := [knob for knob in tunable if knob.most > knob.least]:
-        return tune(tunable, tried, pilot.target)
+        return tune(tunable, tried, pilot.target, _bound(index, pilot, tunable))
     only = tried({})
     return Tuned(only, only.recall >= pilot.target, (only,))
+
+
+def _bound(index: Any, pilot: Pilot, tunable: Sequence[Knob]) -> Measure | None:
+    """Return what tells the most that so many lists can find; None where they are not what is tuned last."""
+    if tunable[-1].name != "nprobe":
+        return None
+    needed_QK = probes_needed(index, pilot.asked.queries_QD, pilot.asked.exact_QK)
+    return None if needed_QK is None else pilot.asked.bound(needed_QK)
 
 
 def _trial(index: Any, pilot: Pilot, params: Params) -> Trial:
@@ -250,20 +288,27 @@ def _trial(index: Any, pilot: Pilot, params: Params) -> Trial:
     return pilot.asked.trial(params, found_QK, time.perf_counter() - start)
 
 
-def _ms(index: Any, pilot: Pilot, params: Params) -> float:
-    """Return the milliseconds a search takes, all queries after one another: the faster of two runs."""
+def _ms(copies: Sequence[Any], pilot: Pilot, params: Params, at_once: int | None = None) -> float:
+    """Return the milliseconds a search takes, `at_once` queries (None: all, as verification asks) of a copy after
+    another: the faster of two runs over all copies and queries.
+    """
+    queries_QD = pilot.asked.queries_QD
+    batches = np.array_split(queries_QD, math.ceil(len(queries_QD) / (at_once or len(queries_QD))))
+    num = max(len(copies), len(batches))
+    turns = [(copies[turn % len(copies)], batches[turn % len(batches)]) for turn in range(num)]
     seconds = []
     for _ in range(2):
         start = time.perf_counter()
-        search(index, pilot.asked.queries_QD, pilot.asked.k, params, num_threads=1)
+        for index, batch_BD in turns:
+            search(index, batch_BD, pilot.asked.k, params, num_threads=1)
         seconds.append(time.perf_counter() - start)
-    return min(seconds) * 1000 / len(pilot.asked)
+    return min(seconds) * 1000 / sum(len(batch_BD) for _, batch_BD in turns)
 
 
-def _p95_ms(index: Any, pilot: Pilot, params: Params) -> float:
+def _p95_ms(copies: Sequence[Any], pilot: Pilot, params: Params) -> float:
     taken = []
-    for query_D in pilot.asked.queries_QD[:_SINGLE]:
+    for turn, query_D in enumerate(pilot.asked.queries_QD[:_SINGLE]):
         start = time.perf_counter()
-        search(index, query_D[None], pilot.asked.k, params, num_threads=1)
+        search(copies[turn % len(copies)], query_D[None], pilot.asked.k, params, num_threads=1)
         taken.append(time.perf_counter() - start)
     return float(np.percentile(taken, 95)) * 1000
