@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import json
 import logging
+import random
 import re
 import secrets
 import time
@@ -30,7 +31,7 @@ _log = logging.getLogger("pinakes.access")
 _KEY = re.compile(r"pk_([0-9a-f]{8})_[A-Za-z0-9_-]{43}")
 _NOBODY = hashlib.sha256(secrets.token_bytes(32)).hexdigest()
 _REFRESH_SECONDS = 5.0
-_ATTEMPTS = 5
+_ATTEMPTS, _PAUSE = 20, 0.01  # seconds, at most, before the second; doubled up to six times
 
 
 def default_url(root: str) -> str:
@@ -118,6 +119,7 @@ class KeyFile:
             except PinakesError:
                 if attempt == _ATTEMPTS - 1 or self._load()[1] == before:
                     raise
+                time.sleep(random.uniform(0, _PAUSE * 2 ** min(attempt, 6)))
 
     def _load(self) -> tuple[list[AccessKey], bytes | None]:
         if not self.store.exists(self.name):

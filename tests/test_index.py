@@ -618,7 +618,7 @@ def test_exact_search_is_exact_and_breaks_ties_by_row(
 @pytest.mark.parametrize("metric", METRICS)
 def test_exact_search_equals_a_flat_index_over_many_chunks(metric: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = ask(built("Flat", metric))
-    monkeypatch.setattr("pipelines.index.search._ROWS_AT_ONCE", 97)
+    monkeypatch.setattr("pipelines.index.exact._ROWS_AT_ONCE", 97)
     score_BK, row_BK = exact_topk(Q, [(X[:700], ROWS[:700]), (X[700:], ROWS[700:])], K, metric)
     np.testing.assert_array_equal(row_BK, expected[1])
     np.testing.assert_allclose(score_BK, expected[0], rtol=1e-5)

@@ -159,6 +159,7 @@ def test_queries_of_another_width_and_no_gpu_are_told(monkeypatch: pytest.Monkey
 
 def test_a_gpu_without_room_is_told_in_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 << 30, 80 << 30))
     with pytest.raises(StorageError, match=r"no room for 0\.0 GB of vectors, of 4\.3 GB free"):
         VectorsOnGpu(shard("Flat", "ip", np.arange(N)), "cuda")
