@@ -30,7 +30,7 @@ from cluster.serve_stages import Reader, Reranker, Shard
 from cluster.session import HAPROXY
 from pipelines import publish
 from pipelines.config import AnswerConfig, Config, RerankConfig, ServeConfig
-from pipelines.errors import ConfigError, PinakesError
+from pipelines.errors import ConfigError, PinakesError, from_traceback
 
 _SHARD_CPUS = 0.2
 _GATEWAY_CPUS = 0.5
@@ -104,8 +104,8 @@ def _stage(kind: Any, stage: RerankConfig | AnswerConfig, settings: ServeConfig)
 def start(aliases: list[str], config: Config) -> str:
     """Deploy the application on the connected cluster and return its address once it is ready.
 
-    Raises ConfigError when the cluster was started for another `serve.proxy` or nothing answers at the address,
-    PinakesError when the application does not start.
+    Raises ConfigError when the cluster was started for another `serve.proxy` or nothing answers at the address, and
+    what a replica raised, or PinakesError, when the application does not start.
     """
     import ray
     import ray.serve.context
@@ -114,8 +114,10 @@ def start(aliases: list[str], config: Config) -> str:
     _check_proxy(config.serve)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     host, port = config.serve.host, config.serve.port
+    stood = False
     try:
         serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
+        stood = switch.APPLICATION in serve.status().applications
         serve.run(
             application(aliases, config),
             name=switch.APPLICATION,
@@ -123,12 +125,32 @@ def start(aliases: list[str], config: Config) -> str:
             logging_config={"log_level": "WARNING"},
         )
     except (RuntimeError, ray.exceptions.RayError) as error:
-        hint = "the deployment's log holds the cause; `pinakes status` checks the versions"
-        raise PinakesError(f"the application did not start: {error}", hint=hint) from error
+        status = serve.status()
+        if switch.APPLICATION in status.applications and not stood:
+            serve.delete(switch.APPLICATION)  # Serve would try again for ever
+        raise _failure(status, error) from error
     address = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
     _check_answers(address)
     switch.announce(config.root, ray.get_runtime_context().gcs_address)
     return address
+
+
+def _failure(status: Any, error: Exception) -> PinakesError:
+    """Return the error that kept a deployment from starting, as its replica raised it where it is one of ours.
+
+    status: Serve's, whose messages end with the replica's traceback; error: Serve's own.
+    """
+    found = status.applications.get(switch.APPLICATION)
+    for name, deployment in found.deployments.items() if found else ():
+        if deployment.status != "DEPLOY_FAILED":
+            continue
+        what = f"the application did not start: {name}"
+        if ours := from_traceback(deployment.message):
+            return type(ours)(f"{what}: {ours.what}", where=ours.where, expected=ours.expected, hint=ours.hint)
+        last = deployment.message.strip().rpartition("\n")[2]
+        return PinakesError(f"{what}: {last}", hint="the deployment's log holds the whole traceback")
+    hint = "the deployment's log holds the cause; `pinakes status` checks the versions"
+    return PinakesError(f"the application did not start: {error}", hint=hint)
 
 
 def _check_proxy(settings: ServeConfig) -> None:

@@ -17,6 +17,7 @@ A message says what was wrong and where, what was expected, and the next step.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -43,6 +44,19 @@ class PinakesError(Exception):
         """Return the message's pieces for `--json` and HTTP problem bodies."""
         pieces = {"error": type(self).__name__, "what": self.what, "where": self.where}
         return {k: v for k, v in {**pieces, "expected": self.expected, "next": self.hint}.items() if v}
+
+
+def from_traceback(text: str) -> PinakesError | None:
+    """Return the error of ours that a printed traceback ends with; None when it ends with another."""
+    name, colon, told = text.rpartition(f"\n{__name__}.")[2].partition(": ")
+    kind = globals().get(name)
+    if not (colon and isinstance(kind, type) and issubclass(kind, PinakesError)):
+        return None
+    if "\nTraceback (most recent" in told:  # of what was raised from it
+        return None
+    what, *pieces = re.split(r"\n  (where|expected|next): +", told.strip())
+    found = dict(zip(pieces[::2], pieces[1::2], strict=True))
+    return kind(what, where=found.get("where", ""), expected=found.get("expected", ""), hint=found.get("next", ""))
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:

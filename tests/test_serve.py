@@ -21,6 +21,7 @@ from pipelines import publish
 from pipelines.access_keys import KeyFile, default_url
 from pipelines.answer import answer, load_reader
 from pipelines.config import AnswerConfig, Config, EvaluateConfig, IndexConfig, RerankConfig, load_config
+from pipelines.errors import CheckpointError
 from pipelines.rerank import load_reranker, rerank
 from pipelines.retrieve import Retriever
 from tests import test_filtered_search as filtered
@@ -222,6 +223,21 @@ def test_shards_and_filters_find_what_an_unsharded_brute_force_finds(
     for (status, problem, kind), told in zip(refused, TOLD, strict=True):
         assert (status, kind) == (422, "application/problem+json")
         assert told in problem["detail"]
+
+
+def test_what_keeps_a_deployment_from_starting_is_told_as_its_replica_raised_it(served: Served, tmp_path: Path) -> None:
+    config = Path(write_cross_encoder(str(tmp_path / "model"))) / "config.json"
+    told = json.loads(config.read_text())
+    config.write_text(json.dumps({**told, "num_hidden_layers": told["num_hidden_layers"] + 1}))
+    with (
+        pytest.raises(CheckpointError, match="the application did not start: Reranker: ") as caught,
+        served.serving(served.whole, {"rerank": RerankConfig(checkpoint=str(config.parent))}),
+    ):
+        pass
+    assert str(tmp_path) in str(caught.value)
+    from ray import serve
+
+    assert not serve.status().applications
 
 
 def test_too_many_callers_are_refused_by_the_api_and_not_by_serve(served: Served) -> None:
