@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.pools import largest_node_cpus, run_task, run_tasks
+from cluster.pools import largest_node_cpus, products, run_task, run_tasks
 from cluster.progress import Progress
 from cluster.train import train_on_cluster
 from pipelines import build, publish, recall, twins
@@ -167,8 +167,9 @@ def _measure_balance(plan: BuildPlan, content: dict[str, Any]) -> dict[str, Any]
 def held_out(plan: BuildPlan, questions: str | None, k: int = build.RECALL_K) -> HeldOut:
     """Return queries that are not stored vectors, with the k rows that exact search finds for them."""
     queries_QD, k = run_task(_queries_task, plan, questions), min(k, plan.num_rows - len(plan.unfit_rows))
-    found = run_tasks(_exact_task, build.row_groups(plan), plan, queries_QD, k, num_gpus=plan.gpus)
-    exact = [hits for _, hits in found]
+    groups = build.row_groups(plan)
+    with products(len(groups), plan.gpus) as (run, on_gpu):
+        exact = [found for _, found in run(_exact_task, groups, plan, queries_QD, k, on_gpu)]
     return HeldOut(queries_QD, merge_topk(exact, k)[1])
 
 
@@ -231,8 +232,8 @@ def _vectors_task(shard: ShardPlan, plan: BuildPlan) -> Receipt:
     return write_vectors(plan, shard)
 
 
-def _exact_task(rows: Rows, plan: BuildPlan, queries_BD: Any, k: int) -> Any:
-    return recall.exact_in(plan, rows, queries_BD, k)
+def _exact_task(rows: Rows, plan: BuildPlan, queries_BD: Any, k: int, on_gpu: bool) -> Any:
+    return recall.exact_in(plan, rows, queries_BD, k, on_gpu=on_gpu)
 
 
 def _search_task(

@@ -234,15 +234,12 @@ def check_index(config: Config, spec: EncoderSpec) -> None:
 
 def embed_and_index(config: Config, spec: EncoderSpec, snapshot: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """Make whatever a snapshot lacks to become a published version; return the version's manifest."""
-    import ray
-
     from cluster.index import build_version
     from cluster.plan import settle
-    from cluster.pools import gpus_of_products
 
     embedded = _encode(config, spec, snapshot, progress)
     chosen, forecast = settle(config, snapshot, embedded, progress)
-    gpus, questions = gpus_of_products(config.cluster, ray.nodes()), config.evaluate.questions
+    gpus, questions = config.cluster.gpus_per_worker, config.evaluate.questions
     return build_version(config.root, chosen, snapshot, embedded, progress, questions, forecast, gpus)
 
 

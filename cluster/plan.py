@@ -17,7 +17,7 @@ import numpy as np
 from cluster.encode import embedding_store
 from cluster.index import held_out
 from cluster.jobs import encoder_of
-from cluster.pools import cluster_cpus, gpus_of_products, largest_node_cpus, run_task, run_tasks
+from cluster.pools import cluster_cpus, largest_node_cpus, run_task, run_tasks
 from cluster.progress import Progress
 from cluster.session import session
 from pipelines import build, corpus, embeddings
@@ -246,12 +246,10 @@ def _forecast(
 
 
 def _pilot_plan(config: Config, snapshot: dict[str, Any], embedded: dict[str, Any]) -> PilotPlan:
-    import ray
-
     flat = config.index.model_copy(update={"factory": "Flat", "refine": "none"})
     plan = build.plan_build(config.root, flat, snapshot, embedded, largest_node_cpus())
     same = {field.name: getattr(plan, field.name) for field in fields(plan)}
-    return PilotPlan(**{**same, "gpus": gpus_of_products(config.cluster, ray.nodes())})
+    return PilotPlan(**{**same, "gpus": config.cluster.gpus_per_worker})
 
 
 def _limits(memory_gb: float | None, ms: float | None) -> Limits:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,11 +21,12 @@ _LEAST_GPUS = 4  # tokenisers may grow as for that many, since nodes may join
 
 _RETRIES = 4
 _SECONDS_BETWEEN_WORDS = 60.0
+_SECONDS_TO_LET_GO = 10.0
 _WINDOW_PER_CPU = 4
 
 
 def run_tasks(
-    function: Callable[..., Any], items: Sequence[Any], *common: Any, num_cpus: float = 1.0, num_gpus: float = 0
+    function: Callable[..., Any], items: Sequence[Any], *common: Any, num_cpus: float = 1.0
 ) -> Iterator[tuple[int, Any]]:
     """Run `function(item, *common)` for every item as Ray tasks; yield (position, result) as they finish.
 
@@ -34,7 +36,7 @@ def run_tasks(
     import ray
 
     shared = [ray.put(c) for c in common]
-    task = ray.remote(function).options(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=_RETRIES)
+    task = ray.remote(function).options(num_cpus=num_cpus, max_retries=_RETRIES)
     window = max(4, int(cluster_cpus() / num_cpus * _WINDOW_PER_CPU))
     waiting: dict[Any, int] = {}
     upcoming = iter(enumerate(items))
@@ -57,26 +59,81 @@ def run_on_actors(
     import ray
 
     fits = ray.cluster_resources().get("GPU", 0) / num_gpus if num_gpus else cluster_cpus()
-    options = {"num_cpus": 1.0, "num_gpus": num_gpus, "max_restarts": _RETRIES, "max_task_retries": _RETRIES}
+    with _actors(worker, arguments, min(int(fits), len(items)), num_cpus=1.0, num_gpus=num_gpus) as run:
+        yield from run([(item,) for item in items])
+
+
+@contextmanager
+def products(num_items: int, num_gpus: float) -> Iterator[tuple[Callable[..., Iterator[tuple[int, Any]]], bool]]:
+    """Give (what runs `function(item, *common)` as `run_tasks` does, whether on GPUs), for work that is products alone.
+
+    num_gpus: of one process. They keep their GPU until this ends: a task's process would have to end with each task,
+    since a CUDA context stays on the card it began with. Where no GPU is free, or none is asked for, tasks on CPUs do
+    the same work.
+    """
+    import ray
+
+    free = _free_gpus(num_gpus) if num_gpus else 0.0
+    if free < num_gpus or not num_gpus:
+        yield run_tasks, False
+        return
+    with _actors(_Doer, (), min(int(free / num_gpus), num_items), num_cpus=_SLIVER, num_gpus=num_gpus) as run:
+
+        def run_there(function: Callable[..., Any], items: Sequence[Any], *common: Any) -> Iterator[tuple[int, Any]]:
+            shared = [ray.put(c) for c in common]
+            return run([(function, item, *shared) for item in items])
+
+        yield run_there, True
+
+
+class _Doer:
+    def work(self, function: Callable[..., Any], item: Any, *common: Any) -> Any:
+        return function(item, *common)
+
+
+def _free_gpus(wanted: float) -> float:
+    """Return how much of the cluster's GPUs is free; the actors of the stage before take a moment to let go of them."""
+    import ray
+
+    until = time.monotonic() + _SECONDS_TO_LET_GO
+    while (free := float(ray.available_resources().get("GPU", 0))) < wanted <= ray.cluster_resources().get("GPU", 0):
+        if time.monotonic() > until:
+            break
+        time.sleep(0.5)
+    return free
+
+
+@contextmanager
+def _actors(
+    worker: type, arguments: Sequence[Any], most: int, *, num_cpus: float, num_gpus: float
+) -> Iterator[Callable[[Sequence[tuple[Any, ...]]], Iterator[tuple[int, Any]]]]:
+    """Hold actors (one at least), and give what runs `work(*call)` for every call on one of them."""
+    import ray
+
+    options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "max_restarts": _RETRIES, "max_task_retries": _RETRIES}
     kind = ray.remote(worker).options(**options)
-    actors = [kind.remote(*arguments) for _ in range(max(1, min(int(fits), len(items))))]
-    waiting: dict[Any, int] = {}
-    owner: dict[int, Any] = {}
+    actors = [kind.remote(*arguments) for _ in range(max(1, most))]
 
-    def give(actor: Any) -> None:
-        if (following := next(upcoming, None)) is not None:
-            position, item = following
-            waiting[actor.work.remote(item)] = position
-            owner[position] = actor
+    def run(calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        waiting: dict[Any, int] = {}
+        owner: dict[int, Any] = {}
+        upcoming = iter(enumerate(calls))
 
-    upcoming = iter(enumerate(items))
-    try:
-        for actor in actors * 2:  # one item under way and one waiting, each
+        def give(actor: Any) -> None:
+            if (following := next(upcoming, None)) is not None:
+                position, call = following
+                waiting[actor.work.remote(*call)] = position
+                owner[position] = actor
+
+        for actor in actors * 2:  # one call under way and one waiting, each
             give(actor)
         while waiting:
             for position, result in _collect(waiting):
                 give(owner.pop(position))
                 yield position, result
+
+    try:
+        yield run
     finally:
         for actor in actors:
             ray.kill(actor)
@@ -104,15 +161,6 @@ def cluster_cpus() -> float:
     import ray
 
     return float(ray.cluster_resources().get("CPU", 1.0))
-
-
-def gpus_of_products(config: ClusterConfig, nodes: Sequence[Mapping[str, Any]]) -> float:
-    """Return what a task of k-means or exact search asks for: as much of a GPU as an encoder, where a node has that.
-
-    A CPU does these as well: where none of these nodes (as `ray.nodes()` lists them) has it now, nobody waits for one.
-    """
-    share = config.gpus_per_worker
-    return share if any(node["Alive"] and node["Resources"].get("GPU", 0) >= share for node in nodes) else 0
 
 
 def largest_node_cpus() -> int:

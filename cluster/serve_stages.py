@@ -21,6 +21,7 @@ from pipelines.answer import answers_within, load_reader
 from pipelines.config import AnswerConfig, RerankConfig
 from pipelines.errors import BusyError, PinakesError
 from pipelines.filters import Filter
+from pipelines.guard_process import device_lost
 from pipelines.index.search import merge_topk
 from pipelines.models.base import Answer
 from pipelines.rerank import load_reranker, rerank_within
@@ -40,6 +41,25 @@ class ShardGroup:
     shards: Mapping[int, LocalShard]
 
 
+class DeviceWatch:
+    """Remembers an error that leaves the GPU's context broken: Serve then starts the replica anew (`check_health`)."""
+
+    def __init__(self) -> None:
+        self._lost: BaseException | None = None
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, Exception) and device_lost(error):
+            self._lost = error
+
+    def check(self) -> None:
+        """Raise the error that was remembered."""
+        if self._lost is not None:
+            raise self._lost
+
+
 @serve.deployment
 class Shard:
     """Deployment `number` of `num_deployments`: the shards number, number + num_deployments, … of every version."""
@@ -49,6 +69,7 @@ class Shard:
     ) -> None:
         """device: "cuda" to search all vectors there; "cpu" to search by the index."""
         searched_on = None if device == "cpu" else device
+        self.device_watch = DeviceWatch()
 
         def load(manifest: dict[str, Any]) -> ShardGroup:
             mine = range(number, manifest["num_shards"], num_deployments)
@@ -79,8 +100,12 @@ class Shard:
         if group is None:
             group = await asyncio.to_thread(self.versions.prepare, alias, version)
         shards = group.shards.values()
-        found = await asyncio.gather(*(asyncio.to_thread(shard.search, queries_BD, k, where) for shard in shards))
+        with self.device_watch:
+            found = await asyncio.gather(*(asyncio.to_thread(shard.search, queries_BD, k, where) for shard in shards))
         return merge_topk(list(found), k)
+
+    def check_health(self) -> None:
+        self.device_watch.check()
 
 
 class ShardDeployments:
@@ -147,6 +172,7 @@ class _Stage:
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="stage")
+        self._device_watch = DeviceWatch()
 
     async def _run(self, seconds: float, work: Callable[[float], Any]) -> Any:
         """Return `work(seconds left)`, run when its turn comes, or None when that is too late."""
@@ -154,9 +180,13 @@ class _Stage:
 
         def in_turn() -> Any:
             left = deadline - time.monotonic()
-            return work(left) if left > 0 else None
+            with self._device_watch:
+                return work(left) if left > 0 else None
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, in_turn)
+
+    def check_health(self) -> None:
+        self._device_watch.check()
 
 
 @serve.deployment(max_ongoing_requests=16)

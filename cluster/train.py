@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Iterable
 
-from cluster.pools import run_task, run_tasks
+from cluster.pools import products, run_task, run_tasks
 from cluster.progress import Progress, Stage
 from pipelines import train
 from pipelines.build import BuildPlan
@@ -30,7 +29,7 @@ def train_on_cluster(plan: BuildPlan, progress: Progress) -> Receipt:
 
 
 def _train_spread(plan: BuildPlan, spread: Spread, stage: Stage) -> Receipt:
-    shares = _in_order(_draw_task, spread.shares, stage, plan)
+    shares = _in_order(run_tasks(_draw_task, spread.shares, plan), stage)
     state: State | None = train.find_state(plan, spread)
     if state is None:
         state = run_task(train.start, plan, shares, num_cpus=plan.num_threads)
@@ -38,25 +37,24 @@ def _train_spread(plan: BuildPlan, spread: Spread, stage: Stage) -> Receipt:
     else:
         stage.advance(1 + state.iteration * (len(shares) + 1), reused=True)
     assert state
-    while state.iteration < spread.coarse.num_iterations:
-        sums = _in_order(train.sum_share, shares, stage, plan, state, num_gpus=plan.gpus)
-        before, state = state, run_task(train.step, plan, state, sums)
-        stage.advance()
-        if state.centroids.sha256 == before.centroids.sha256:
-            break
+    with products(len(shares), plan.gpus) as (run, on_gpu):
+        while state.iteration < spread.coarse.num_iterations:
+            sums = _in_order(run(train.sum_share, shares, plan, state, on_gpu), stage)
+            before, state = state, run_task(train.step, plan, state, sums)
+            stage.advance()
+            if state.centroids.sha256 == before.centroids.sha256:
+                break
     trained: Receipt = run_task(train.train_quantizer, plan, shares, state, num_cpus=plan.num_threads)
     stage.advance()
     return trained
 
 
-def _in_order(
-    task: Callable[..., Receipt], items: Sequence[Any], stage: Stage, *common: Any, num_gpus: float = 0
-) -> list[Receipt]:
+def _in_order(finished: Iterable[tuple[int, Receipt]], stage: Stage) -> list[Receipt]:
     done: dict[int, Receipt] = {}
-    for position, receipt in run_tasks(task, items, *common, num_gpus=num_gpus):
+    for position, receipt in finished:
         done[position] = receipt
         stage.advance(reused=receipt.reused)
-    return [done[position] for position in range(len(items))]
+    return [done[position] for position in sorted(done)]
 
 
 def _draw_task(share: Share, plan: BuildPlan) -> Receipt:

@@ -77,7 +77,8 @@ def load_reader(checkpoint: str, dtype: str = "fp32", device: str = "cpu", token
     if dtype == "auto" and settled == "fp16":
         import torch
 
-        settled = "bf16" if torch.cuda.is_bf16_supported() else "fp32"  # a T5 overflows in fp16
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        settled = "bf16" if has_bf16 else "fp32"  # a T5 overflows in fp16
     reader: Reader = family.load(directory, settled, device, **options)
     return reader
 

@@ -90,7 +90,7 @@ class BuildPlan:
     forecast: dict[str, Any] | None = None
     """What a pilot expects of the version."""
     gpus: float = 0
-    """GPUs, or the share of one, of a task that does nothing but products: k-means and exact search. 0: on CPUs."""
+    """GPUs, or the share of one, of a process of k-means or exact search, where they are free. 0: on CPUs."""
 
     @property
     def version(self) -> str:

@@ -65,7 +65,7 @@ def _a_sentence(text: str, rng: np.random.Generator) -> str:
     return pieces[int(rng.integers(len(pieces)))] if pieces else text
 
 
-def exact_in(plan: BuildPlan, rows: Rows, queries_QD: Array, k: int) -> Hits:
+def exact_in(plan: BuildPlan, rows: Rows, queries_QD: Array, k: int, *, on_gpu: bool = False) -> Hits:
     """Return the exact (score_QK, row_QK) of the queries among `rows`, by brute force over the embeddings.
 
     Rows that could not be encoded are left out, as in every search of a version: zero vectors may lie near a query.
@@ -78,7 +78,7 @@ def exact_in(plan: BuildPlan, rows: Rows, queries_QD: Array, k: int) -> Hits:
         if unfit:
             blocks = ((vectors_ND[fit_N], row_N[fit_N]) for vectors_ND, row_N in blocks
                       for fit_N in [~np.isin(row_N, unfit)])  # fmt: skip
-        device = gpu_here() if plan.gpus else None
+        device = gpu_here() if on_gpu else None
         score_QK, row_QK = exact_topk(queries_QD, blocks, k, plan.metric, num_threads=1, device=device)
         return {"score_QK": score_QK, "row_QK": row_QK}, {}
 

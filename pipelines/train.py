@@ -186,10 +186,11 @@ def find_state(plan: BuildPlan, spread: Spread) -> State | None:
     return None
 
 
-def sum_share(share: Receipt, plan: BuildPlan, state: State) -> Receipt:
-    """Add up the rows of one share by their nearest centroid, on a GPU where the task has one."""
+def sum_share(share: Receipt, plan: BuildPlan, state: State, on_gpu: bool = False) -> Receipt:
+    """Add up the rows of one share by their nearest centroid, by torch where the process has a GPU to do it on."""
     name = f"sums-{state.iteration:03d}-{share.name.removeprefix('sample-').removesuffix('.npy')}.npz"
-    made_from = fingerprint([plan.build, name, state.centroids.sha256, share.sha256])
+    by_torch = ["torch"] if on_gpu else []  # the last bits differ: sums of both would be neither's
+    made_from = fingerprint([plan.build, name, state.centroids.sha256, share.sha256, *by_torch])
 
     def make() -> Receipt:
         index = read(plan.work.local(_FRONT, state.front.sha256))
@@ -197,7 +198,7 @@ def sum_share(share: Receipt, plan: BuildPlan, state: State) -> Receipt:
         assert coarse
         blocks = (kmeans.in_front(index, block) for block in _blocks(_open(plan.work, share)))
         centroids = np.ascontiguousarray(_open(plan.work, state.centroids))
-        sums = kmeans.add_up(coarse, blocks, centroids, gpu_here() if plan.gpus else None)
+        sums = kmeans.add_up(coarse, blocks, centroids, gpu_here() if on_gpu else None)
         write = _npz(sum_CD=sums.sum_CD, count_C=sums.count_C, objective=np.float64(sums.objective))
         return _put_file(plan.work, name, write, made_from, {})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.pools import gpus_of_products
+from cluster.serve_stages import DeviceWatch
 from pipelines import publish
 from pipelines.build import row_groups
-from pipelines.config import ClusterConfig, ServeConfig
+from pipelines.config import ServeConfig
 from pipelines.errors import ArtifactError, ConfigError, InputError, StorageError
 from pipelines.index import exact, kmeans, on_gpu
 from pipelines.index.build import add, read, train, write
@@ -26,7 +25,6 @@ from pipelines.index.spec import Metric, parse_spec
 from pipelines.index.tiers import TwoTier
 from pipelines.recall import exact_in
 from pipelines.retrieve import LocalShard
-from tests.test_pools import node
 from tests.test_train import embedded_parts, planned, score_with_lists, trained
 from tests.test_twins import World, build
 
@@ -72,6 +70,34 @@ def test_exact_search_finds_what_faiss_finds_ties_included(
     num = data.draw(st.integers(0, len(QUERIES)))
     found = exact_topk(QUERIES[:num], blocks, k, metric, device="cpu")
     same(found, exact_topk(QUERIES[:num], blocks, k, metric))
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+@pytest.mark.parametrize("by", [None, "cpu"])
+def test_of_many_equals_the_smaller_rows_are_found_and_few_are_sorted(
+    monkeypatch: pytest.MonkeyPatch, metric: Metric, by: str | None
+) -> None:
+    sorted_at_once: list[int] = []
+    keep_best = exact._keep_best
+
+    def counted(best: Any, picked: Any, rows_N: Any, k: int) -> Any:
+        sorted_at_once.append(len(picked[0]))
+        return keep_best(best, picked, rows_N, k)
+
+    monkeypatch.setattr(exact, "_keep_best", counted)
+    same_N = np.ones((5000, D), np.float32)
+    same_N[[17, 4000]] += 1
+    queries = np.stack([np.zeros(D), np.ones(D), -np.ones(D)]).astype(np.float32)
+    blocks = [(same_N[2000:], np.arange(2000, 5000)), (same_N[:2000], np.arange(2000))]
+    for upside_down in (False, True):
+        given = [(v[::-1], r[::-1]) for v, r in blocks] if upside_down else blocks
+        score_BK, row_BK = exact_topk(queries, given, 5, metric, 1, by)
+        score_BN = queries @ same_N.T if metric == "ip" else -((queries[:, None] - same_N) ** 2).sum(-1)
+        expected_BK = np.lexsort((np.arange(5000)[None].repeat(3, 0), -score_BN), axis=1)[:, :5]
+        np.testing.assert_array_equal(row_BK, expected_BK)
+        np.testing.assert_array_equal(score_BK, np.take_along_axis(score_BN, expected_BK, axis=1))
+        if not upside_down:
+            assert max(sorted_at_once) <= 8 * 5 * 3
 
 
 def test_exact_search_in_chunks_and_of_another_width(device: str, small_blocks: None) -> None:
@@ -186,11 +212,17 @@ def test_a_config_with_gpus_for_shards_that_are_none_of_their_own_is_refused() -
         ServeConfig(gpus_per_shard=1)
 
 
-def test_products_take_a_gpu_where_the_use_has_encoders_on_gpus_and_a_node_has_one() -> None:
-    with_gpus = ClusterConfig(gpus_per_worker=0.5)
-    assert gpus_of_products(with_gpus, [node(2), node(2, 1)]) == 0.5
-    assert gpus_of_products(with_gpus, [node(2), node(2, 1, alive=False)]) == 0
-    assert gpus_of_products(ClusterConfig(), [node(2, 8)]) == 0
+def test_a_replica_whose_gpu_is_lost_is_not_healthy() -> None:
+    watch = DeviceWatch()
+    for passing in (ValueError("a bad query"), torch.OutOfMemoryError("no room for now")):
+        with pytest.raises(type(passing)), watch:
+            raise passing
+    watch.check()
+    lost = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(torch.AcceleratorError), watch:
+        raise lost
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        watch.check()
 
 
 @pytest.fixture
@@ -213,7 +245,7 @@ def test_exact_results_come_from_the_gpu_of_a_task_that_has_one(tmp_path: Path, 
     usual = exact_in(plan, rows, queries, 5)
     assert not asked
     plan.work.remove_all()
-    found = exact_in(replace(plan, gpus=1), rows, queries, 5)
+    found = exact_in(plan, rows, queries, 5, on_gpu=True)
     assert asked
     np.testing.assert_array_equal(found[1], usual[1])
 
@@ -226,7 +258,7 @@ def test_training_on_a_gpu_is_as_good_and_the_same_in_any_order(
     parts = embedded_parts(tmp_path)
     usual, _ = trained(planned(parts, name="usual", **given))
     assert not asked
-    index, sha256 = trained(replace(planned(parts, name="one", **given), gpus=0.5))
+    index, sha256 = trained(planned(parts, name="one", **given), on_gpu=True)
     assert asked
-    assert trained(replace(planned(parts, name="other", **given), gpus=0.5), backwards=True)[1] == sha256
+    assert trained(planned(parts, name="other", **given), backwards=True, on_gpu=True)[1] == sha256
     assert score_with_lists(index) == pytest.approx(score_with_lists(usual), rel=0.02)

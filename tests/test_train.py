@@ -69,7 +69,7 @@ def planned(parts: tuple[str, list[dict[str, Any]]], **index: Any) -> BuildPlan:
     return plan_build(root, IndexConfig(**given), {}, embedded, 1)
 
 
-def steps(plan: BuildPlan, backwards: bool = False) -> Iterator[Receipt]:
+def steps(plan: BuildPlan, backwards: bool = False, on_gpu: bool = False) -> Iterator[Receipt]:
     """Do what a cluster does, one task after the other; shares may come in any order."""
     spread = train.spread_of(plan)
     assert spread
@@ -86,7 +86,7 @@ def steps(plan: BuildPlan, backwards: bool = False) -> Iterator[Receipt]:
     yield state.centroids
     while state.iteration < spread.coarse.num_iterations:
         sums = yield from all_of(  # type: ignore[func-returns-value]
-            partial(train.sum_share, plan=plan, state=state), shares
+            partial(train.sum_share, plan=plan, state=state, on_gpu=on_gpu), shares
         )
         before, state = state, train.step(plan, state, sums)
         yield state.centroids
@@ -95,8 +95,8 @@ def steps(plan: BuildPlan, backwards: bool = False) -> Iterator[Receipt]:
     yield train.train_quantizer(plan, shares, state)
 
 
-def trained(plan: BuildPlan, backwards: bool = False) -> tuple[Any, str]:
-    *_, receipt = steps(plan, backwards)
+def trained(plan: BuildPlan, backwards: bool = False, on_gpu: bool = False) -> tuple[Any, str]:
+    *_, receipt = steps(plan, backwards, on_gpu)
     return read(plan.store.local(receipt.name, receipt.sha256)), receipt.sha256
 
 

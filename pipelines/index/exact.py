@@ -56,8 +56,9 @@ def exact_topk(
             raise ArtifactError(what, where="exact search", expected=expected)
         for start in range(0, len(rows_N) if len(queries) else 0, products.rows_at_once):
             chunk = slice(start, start + products.rows_at_once)
-            picked = products.pick(vectors_ND[chunk], best[0][:, -1], k)
-            best = _keep_best(best, picked, np.asarray(rows_N[chunk], np.int64), k)
+            rows = np.asarray(rows_N[chunk], np.int64)
+            picked = products.pick(vectors_ND[chunk], best[0][:, -1], k, bool((np.diff(rows) > 0).all()))
+            best = _keep_best(best, picked, rows, k)
     return best
 
 
@@ -66,11 +67,12 @@ class _Products(Protocol):
 
     rows_at_once: int
 
-    def pick(self, vectors_ND: Any, floor_B: Array, k: int) -> Picked:
+    def pick(self, vectors_ND: Any, floor_B: Array, k: int, ascending: bool) -> Picked:
         """Return (query, place, score) of the rows that may be among a query's best k.
 
-        These are its own best k and, where more than k lie at its floor (the k-th best score known so far) or above,
-        all of those: of equals the smaller row wins, and rows are not known here.
+        These are at least the best k that reach its floor (the k-th best score known so far), with their equals: of
+        those the smaller row wins. ascending: whether rows rise with places, so that of many equals (a query of zeros
+        has all rows for that) the first will do.
         """
         ...
 
@@ -87,7 +89,7 @@ class _ByFaiss:
         self._queries_BD, self._metric = queries_BD, metric
         self.rows_at_once = max(1, min(_ROWS_AT_ONCE, _SCORES_AT_ONCE // max(1, len(queries_BD))))
 
-    def pick(self, vectors_ND: Any, floor_B: Array, k: int) -> Picked:
+    def pick(self, vectors_ND: Any, floor_B: Array, k: int, ascending: bool) -> Picked:
         vectors = np.ascontiguousarray(vectors_ND, dtype=np.float32)
         score_BN: Array = self._product.apply(vectors).T
         if self._metric == "l2":
@@ -97,6 +99,8 @@ class _ByFaiss:
         if len(vectors) > k and np.count_nonzero(reaches_BN) > _FEW_REACH * k * len(score_BN):
             floor_B = np.maximum(floor_B, np.partition(score_BN, len(vectors) - k, axis=1)[:, len(vectors) - k])
             reaches_BN = score_BN >= floor_B[:, None]
+            for query in np.flatnonzero(reaches_BN.sum(axis=1) > _FEW_REACH * k) if ascending else ():
+                reaches_BN[query, np.flatnonzero(score_BN[query] == floor_B[query])[k:]] = False
         place_C, query_C = np.nonzero(reaches_BN.T)  # as it lies in memory
         return query_C, place_C, score_BN[query_C, place_C]
 
@@ -109,13 +113,14 @@ class _ByTorch:
         most = _GPU_SCORES_AT_ONCE // max(1, *queries_BD.shape)
         self.rows_at_once = max(1, min(_GPU_ROWS_AT_ONCE, most))
 
-    def pick(self, vectors_ND: Any, floor_B: Array, k: int) -> Picked:
+    def pick(self, vectors_ND: Any, floor_B: Array, k: int, ascending: bool) -> Picked:
         import torch
 
         queries = self._queries_BD
         with torch.inference_mode():
-            given = isinstance(vectors_ND, torch.Tensor)  # where it has to be, once and for all
-            vectors = (vectors_ND if given else torch.tensor(vectors_ND, device=queries.device)).float()
+            if not isinstance(vectors_ND, torch.Tensor):  # else it lies where it has to be, once and for all
+                vectors_ND = torch.tensor(np.ascontiguousarray(vectors_ND), device=queries.device)
+            vectors = vectors_ND.float()
             score_BN = queries @ vectors.T
             if self._metric == "l2":
                 squares_B1, squares_N = (queries**2).sum(1, keepdim=True), (vectors**2).sum(1)
@@ -123,7 +128,10 @@ class _ByTorch:
             floor = torch.tensor(floor_B, device=queries.device)
             if len(vectors) > k:
                 floor = torch.maximum(floor, score_BN.topk(k, sorted=False).values.amin(1))
-            query_C, place_C = torch.nonzero(score_BN >= floor[:, None], as_tuple=True)
+            reaches_BN = score_BN >= floor[:, None]
+            for query in (reaches_BN.sum(1) > _FEW_REACH * k).nonzero()[:, 0].tolist() if ascending else ():
+                reaches_BN[query, (score_BN[query] == floor[query]).nonzero()[k:, 0]] = False
+            query_C, place_C = torch.nonzero(reaches_BN, as_tuple=True)
             score_C = score_BN[query_C, place_C]
             return query_C.cpu().numpy(), place_C.cpu().numpy(), score_C.cpu().numpy()
 

@@ -24,6 +24,7 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 
 _ROWS_AT_ONCE = 16_384
+_SCORES_AT_ONCE = 2**28  # of a GPU: 1 GB in fp32
 _SPLIT = 1 / 1024  # how far the two halves of a split list start apart, as in FAISS
 
 
@@ -95,8 +96,8 @@ def add_up(coarse: Coarse, blocks: Iterable[Floats], centroids_CD: Floats, devic
     """
     adder = _ByTorch(coarse, centroids_CD, device) if device else _ByFaiss(coarse, centroids_CD)
     for block in blocks:
-        for start in range(0, len(block), _ROWS_AT_ONCE):
-            if not adder.add(block[start : start + _ROWS_AT_ONCE]):
+        for start in range(0, len(block), adder.rows_at_once):
+            if not adder.add(block[start : start + adder.rows_at_once]):
                 raise InputError("a vector is not finite", where="k-means", hint="encode its part again")
     return adder.sums()
 
@@ -123,6 +124,8 @@ def preset(index: Any, centroids_CD: Floats) -> None:
 
 
 class _ByFaiss:
+    rows_at_once = _ROWS_AT_ONCE
+
     def __init__(self, coarse: Coarse, centroids_CD: Floats) -> None:
         import faiss
 
@@ -162,6 +165,7 @@ class _ByTorch:
         self._sum_CD = torch.zeros(centroids_CD.shape, dtype=torch.float64, device=device)
         self._count_C = torch.zeros(len(centroids_CD), dtype=torch.int64, device=device)
         self._objective = 0.0
+        self.rows_at_once = max(1, min(_ROWS_AT_ONCE, _SCORES_AT_ONCE // len(centroids_CD)))
 
     def add(self, vectors_ND: Floats) -> bool:
         """Add the rows to the sums of their centroids; False for one that is not finite."""

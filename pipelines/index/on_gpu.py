@@ -1,7 +1,7 @@
 """The vectors of a shard in a GPU's memory: searched exactly, all of them for every batch of queries, by products.
 
-There is no recall to lose and nothing to tune then, whatever index the version has for CPUs. A card of 141 GB holds 80
-million vectors of width 768 in fp16.
+Nothing is lost then but what fp32 rounds, and nothing is to be tuned, whatever index the version has for CPUs. A card
+of 141 GB holds 80 million vectors of width 768 in fp16.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ _ROWS_AT_ONCE = 2**18
 _SPARE_BYTES = 4 << 30  # for products, and what CUDA itself takes
 
 
+_in_turn = threading.Lock()  # of all shards in a process: two searches at once would need room for the products of two
+
+
 class VectorsOnGpu:
     """They lie there in fp16 where that loses nothing, as with vectors that were stored so, else in fp32."""
 
@@ -42,7 +45,6 @@ class VectorsOnGpu:
         self._metric: Metric = "ip" if faiss.is_similarity_metric(index.metric_type) else "l2"
         _check_room(device, 2 * self.d * self.ntotal)
         self._blocks: list[tuple[Any, Array]] = []
-        self._in_turn = threading.Lock()  # two searches at once would need room for the products of two
         try:
             for vectors_ND, rows_N in blocks:
                 with np.errstate(over="ignore"):
@@ -51,11 +53,12 @@ class VectorsOnGpu:
                 self._blocks.append((torch.tensor(kept, device=device), rows_N))
         except torch.OutOfMemoryError as error:
             raise _no_room(device, f"{self.ntotal:,} vectors of width {self.d}") from error
+        _check_room(device, 0)  # in fp32 they have taken twice as much
 
     def search(self, queries_BD: Array, k: int) -> Hits:
         """Return the exact (score_BK, row_BK), best first; row -1, score -inf where there are fewer than k."""
         queries = checked_queries(queries_BD, self.d)
-        with self._in_turn:
+        with _in_turn:
             return exact_topk(queries, self._blocks, k, self._metric, device=self._device)
 
 

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -379,6 +380,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--quick", action="store_true", help="a few texts, to see that it all works")
     options = parser.parse_args()
+    import_module("cluster.encode_workers")  # what the last steps need is missed before the card's time is spent
     results: Result = {"machine": machine()}
     print(results["machine"], flush=True)
     texts = read_texts(options.data, 512 if options.quick else 16_384)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from cluster.pools import encode_resources, gpus_of_products, run_tasks, stream_rows, told_while_waiting
+from cluster.pools import encode_resources, products, stream_rows, told_while_waiting
 from pipelines.config import ClusterConfig
 
 pytestmark = pytest.mark.chaos
@@ -197,21 +197,31 @@ def test_a_cluster_without_the_gpu_that_is_asked_for_says_so_at_once(cluster: An
     assert len(said) == 1
 
 
-def _whereabouts(item: int) -> tuple[str, list[str]]:
+def _whereabouts(item: int, seen: str) -> tuple[str, list[str], int, str]:
+    import os
+
     import ray
 
     here = ray.get_runtime_context()
-    return here.get_node_id(), here.get_accelerator_ids()["GPU"]
+    return here.get_node_id(), here.get_accelerator_ids()["GPU"], os.getpid(), seen
 
 
-def test_tasks_of_products_go_where_the_gpus_are(cluster: Any) -> None:
-    import ray
-
-    config = ClusterConfig(gpus_per_worker=0.5)
-    assert gpus_of_products(config, ray.nodes()) == 0
+def test_products_keep_the_gpus_that_are_free_and_do_without_else(cluster: Any) -> None:
+    with products(4, 0.5) as (run, on_gpu):
+        assert not on_gpu
+        assert [gpus for _, (_, gpus, _, _) in run(_whereabouts, range(4), "x")] == [[]] * 4
     node = cluster.add_node(num_cpus=2, num_gpus=1)
     cluster.wait_for_nodes()
-    share = gpus_of_products(config, ray.nodes())
-    found = dict(run_tasks(_whereabouts, range(4), num_gpus=share))
-    assert [found[i] for i in range(4)] == [(node.node_id, ["0"])] * 4
+    with products(9, 0.5) as (run, on_gpu):
+        assert on_gpu
+        for _ in range(2):
+            found = dict(run(_whereabouts, range(9), "x"))
+            assert sorted(found) == list(range(9))
+            places = {(node_id, *gpus, seen) for node_id, gpus, _, seen in found.values()}
+            assert places == {(node.node_id, "0", "x")}
+        assert len({pid for _, _, pid, _ in found.values()}) == 2
+        with products(4, 0.5) as (run_beside, beside_on_gpu):
+            assert not beside_on_gpu
+            assert len(dict(run_beside(_whereabouts, range(4), "x"))) == 4
+    wait_until_free()
     cluster.remove_node(node)
