@@ -227,15 +227,20 @@ def test_patience_ends_with_the_time(backend: LocalBackend, waits: list[float]) 
         raise BusyError("full", retry_seconds=100)
 
     odd = Odd(backend, act)
-    with served(build_api(lambda: odd, CONFIG)) as url, pytest.raises(BusyError) as caught:
-        Client(url, timeout=50).search("x")
+    with (
+        served(build_api(lambda: odd, CONFIG)) as url,
+        Client(url, timeout=50) as client,
+        pytest.raises(BusyError) as caught,
+    ):
+        client.search("x")
     assert (caught.value.retry_seconds, caught.value.status, waits) == (100.0, 503, [])
 
 
 def test_a_proxy_that_is_busy_in_its_own_words_is_understood(waits: list[float]) -> None:
     words = reply(503, b"<h1>Service Unavailable</h1>", "Retry-After: 2", "Connection: close", kind="text/html")
-    with scripted(words, reply(200, answered("found"), "Connection: close")) as (url, asked):
-        assert Client(url).search("x").hits[0].passage.text == "found"
+    answers = words, reply(200, answered("found"), "Connection: close")
+    with scripted(*answers) as (url, asked), Client(url) as client:
+        assert client.search("x").hits[0].passage.text == "found"
     assert (len(asked), len(waits)) == (2, 1)
 
 
