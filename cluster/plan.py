@@ -248,8 +248,8 @@ def _forecast(
 def _pilot_plan(config: Config, snapshot: dict[str, Any], embedded: dict[str, Any]) -> PilotPlan:
     flat = config.index.model_copy(update={"factory": "Flat", "refine": "none"})
     plan = build.plan_build(config.root, flat, snapshot, embedded, largest_node_cpus())
-    same = {field.name: getattr(plan, field.name) for field in fields(plan)}
-    return PilotPlan(**{**same, "gpus": config.cluster.gpus_per_worker})
+    plan = replace(plan, gpus=config.cluster.gpus_per_worker)
+    return PilotPlan(**{field.name: getattr(plan, field.name) for field in fields(plan)})
 
 
 def _limits(memory_gb: float | None, ms: float | None) -> Limits:

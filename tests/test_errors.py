@@ -26,26 +26,24 @@ def test_it_is_read_back_whole(kind: type[PinakesError], what: str, where: str, 
     assert found.as_dict() == error.as_dict()
 
 
-def test_one_that_was_raised_from_another_is_the_later_one() -> None:
+def printed_from(error: Exception, cause: Exception) -> str:
+    """Return the traceback of an error that was raised from another."""
     try:
         try:
-            raise OSError("no such file")
-        except OSError as error:
-            raise ConfigError("the config can't be read") from error
-    except ConfigError as error:
-        found = from_traceback(printed(error))
+            raise cause
+        except type(cause) as before:
+            raise error from before
+    except type(error) as raised:
+        return printed(raised)
+
+
+def test_one_that_was_raised_from_another_is_the_later_one() -> None:
+    found = from_traceback(printed_from(ConfigError("the config can't be read"), OSError("no such file")))
     assert isinstance(found, ConfigError)
     assert found.what == "the config can't be read"
 
 
 def test_an_error_of_somebody_else_is_none_even_if_it_came_from_ours() -> None:
-    try:
-        try:
-            raise ConfigError("ours")
-        except ConfigError as error:
-            raise ValueError("theirs") from error
-    except ValueError as error:
-        text = printed(error)
-    assert from_traceback(text) is None
+    assert from_traceback(printed_from(ValueError("theirs"), ConfigError("ours"))) is None
     for text in ("", "pipelines.errors.Nothing: x", "\npipelines.errors.re: x", "\npipelines.errors.ConfigError"):
         assert from_traceback(text) is None

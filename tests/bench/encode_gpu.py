@@ -31,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from tests.bench.common import best_of
 from tests.bench.encode_models import SIZES, write_bert_base, write_random_cross_encoder
 
 Array = npt.NDArray[Any]
@@ -39,7 +40,6 @@ Result = dict[str, Any]
 DEVICE = "cuda"
 WIKIPEDIA = 21_015_324  # passages of DPR's psgs_w100.tsv
 _PART = 16_384  # passages, the pipeline's default
-_ROUNDS = 3  # of which the best counts: a card that others do not share has no better reason to be slower
 _CHECKED = 1024  # texts whose vectors are compared with fp32's
 _PEER_BATCHES = (32, 64, 128, 256)  # 32 is the peers' default
 _SLICE = 2048  # pairs that a process tokenises at once
@@ -137,16 +137,6 @@ def flops_of(encoder: Any, length_N: Array) -> float:
     cost = count_flops(encoder.tower)
     assert cost is not None
     return cost.of(length_N)
-
-
-def best_of(run: Callable[[], Any]) -> float:
-    """Return the seconds of the best round; what is run waits for the GPU itself."""
-    seconds = []
-    for _ in range(_ROUNDS):
-        began = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
 
 
 def check(encoder: Any, exact: Any, tokens: Any) -> float:

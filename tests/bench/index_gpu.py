@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +20,16 @@ import torch
 
 from pipelines.index.exact import exact_topk
 from pipelines.index.kmeans import Coarse, add_up, first_centroids
+from tests.bench.common import best_of
 
 Result = dict[str, Any]
 
-_ROUNDS, _K = 3, 10
+_K = 10
 _LISTS = 16_384
 _QUERIES = 1000  # that exact results are sought for
 _BATCHES = (1, 16, 64)  # queries that are searched together
 _BLOCK = 2**18  # rows of a shard's block, as it is kept on a GPU
 _CPU_SHARE = 64  # the CPU does one row in so many
-
-
-def best_of(work: Callable[[], Any]) -> float:
-    seconds = []
-    for _ in range(_ROUNDS):
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
 
 
 def unit_vectors(num: int, dim: int, device: str) -> torch.Tensor:
