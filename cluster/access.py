@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import os
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 from cluster.admission import RateLimit, Room
 from cluster.problems import Problem, busy, failed
+from cluster.session import DOOR
 from cluster.telemetry import Metrics, Tracer, log_line
 from pipelines.access_keys import AccessKey, KeyRing
 from pipelines.config import ServeConfig
@@ -27,14 +29,18 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 _OPEN = {"/", "/health", "/ready", "/docs", "/openapi.json"}
 ALWAYS = {"/health", "/ready", "/metrics"}
 """Operators' paths, which are answered however many requests are under way."""
 ADMITTED = "pinakes.admitted"
 """The key of a scope whose request has its place already (`cluster.door`)."""
-_BODY_SECONDS = 30.0
+DOOR_HEADER, HOLD_HEADER = b"x-pinakes-door", b"x-pinakes-hold"
+"""What a door tells the API (the refusals that it has not counted yet), and the API a door (the seconds after which a
+refused request may come back: the door holds the refusal)."""
+WITH_BODY = {"POST", "PUT", "PATCH"}
+BODY_SECONDS = 30.0
 _KEYS_SECONDS = 1.0
 _MOST_DIGITS = 18
 _GONE = 499
@@ -58,7 +64,7 @@ class Call:
 
     def __init__(self, scope: Message, headers: dict[str, str], send: Send, tells_id: bool) -> None:
         given = headers.get("x-request-id", "")
-        self.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        self.request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         self.began = time.perf_counter()
         self.key: AccessKey | None = None
         self.facts: dict[str, Any] = {}
@@ -109,6 +115,7 @@ class Access:
         self.limit = RateLimit(config.rate_per_second, config.rate_burst) if config.rate_per_second else None
         self.room = room or Room(config.max_ongoing, config.hold_ms / 1000)
         metrics.watch(self.room)
+        self.door_stands = os.environ.get(DOOR[0]) == DOOR[1]
         self._reading: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -134,12 +141,23 @@ class Access:
 
     async def _answer(self, scope: Message, headers: dict[str, str], receive: Receive, call: Call) -> None:
         path = path_of(scope)
+        told = headers.get(DOOR_HEADER.decode())
+        behind_door = ADMITTED in scope or (self.door_stands and told is not None)
         try:
+            if behind_door and told:
+                self._count_refused(told)
             with nullcontext() if ADMITTED in scope else self.room.place(always=path in ALWAYS):
                 await self.app(scope, await self._admit(path, scope, headers, receive, call), call.send)
         except Problem as problem:
-            await self.room.put_off(problem, headers)
+            if not behind_door:
+                await self.room.put_off(problem, headers)
+            elif problem.retry_seconds:
+                problem.headers[HOLD_HEADER.decode()] = f"{problem.retry_seconds:.3f}"
             await call.refuse(problem, receive)
+
+    def _count_refused(self, told: str) -> None:
+        for _ in range(int(told) if told.isdecimal() and len(told) <= _MOST_DIGITS else 0):
+            self.metrics.refused("in_flight")
 
     async def _admit(self, path: str, scope: Message, headers: dict[str, str], receive: Receive, call: Call) -> Receive:
         """Return a `receive` that gives the whole body. Raises Problem for who may not pass."""
@@ -149,9 +167,10 @@ class Access:
         self._check_scope(path, call.key)
         if self.limit and path not in _OPEN:
             self._check_rate(self.limit, scope, call)
-        if scope["method"] not in ("POST", "PUT", "PATCH"):
+        if scope["method"] not in WITH_BODY:
             return receive
-        return _replay(await self._body(headers, receive), receive)
+        body = await self._body(headers, receive)
+        return replay([{"type": "http.request", "body": body, "more_body": False}], receive)
 
     async def _refresh(self, keys: KeyRing) -> None:
         """Read the keys again when they are due, on a thread; a store that is slow to answer is not waited for long."""
@@ -186,7 +205,12 @@ class Access:
         caller = call.key.id if call.key else (scope.get("client") or ["?"])[0]
         if wait := limit.wait_seconds(caller):
             raise busy(f"more than {limit.rate:g} queries a second", "rate", wait, 429)
-        call.charge = lambda num: limit.charge(caller, num)
+
+        def charge(num: int) -> None:
+            if wait := limit.charge(caller, num):
+                raise busy(f"more than {limit.rate:g} queries a second", "rate", wait, 429)
+
+        call.charge = charge
 
     async def _body(self, headers: dict[str, str], receive: Receive) -> bytes:
         """Return the whole body. Raises Problem for one that is no JSON, too large (413) or too slow (408)."""
@@ -198,10 +222,10 @@ class Access:
         if declared.isdecimal() and (len(declared) > _MOST_DIGITS or int(declared) > most):
             raise _too_large(most)
         try:
-            async with asyncio.timeout(_BODY_SECONDS):
+            async with asyncio.timeout(BODY_SECONDS):
                 return await _read(receive, most)
         except TimeoutError:
-            raise Problem(408, f"the body took longer than {_BODY_SECONDS:.0f} seconds", "slow_body") from None
+            raise too_slow() from None
 
     def _record(self, method: str, headers: dict[str, str], call: Call) -> None:
         """Tell metrics, log and trace what became of a request."""
@@ -238,13 +262,18 @@ async def _read(receive: Receive, most: int) -> bytes:
             return b"".join(pieces)
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
-    messages = [{"type": "http.request", "body": body, "more_body": False}]
+def replay(messages: Sequence[Message], receive: Receive) -> Receive:
+    """Return a `receive` that gives the messages again before those that are still to come."""
+    left = list(reversed(messages))
 
     async def next_message() -> Message:
-        return messages.pop() if messages else await receive()
+        return left.pop() if left else await receive()
 
     return next_message
+
+
+def too_slow() -> Problem:
+    return Problem(408, f"the body took longer than {BODY_SECONDS:.0f} seconds", "slow_body")
 
 
 def _too_large(most: int) -> Problem:

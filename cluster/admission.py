@@ -41,8 +41,16 @@ class RateLimit:
         self._keep(caller, left - 1)
         return 0.0
 
-    def charge(self, caller: str, num: int) -> None:
-        self._keep(caller, self._left(caller) - num)
+    def charge(self, caller: str, num: int) -> float:
+        """Take the tokens of a batch's other queries and return 0; of who is in debt by now, none, but the seconds.
+
+        Batches that were let in together would each come to the whole burst otherwise.
+        """
+        left = self._left(caller)
+        if left < 0:
+            return (1 - left) / self.rate
+        self._keep(caller, left - num)
+        return 0.0
 
     def _left(self, caller: str) -> float:
         tokens, at = self._buckets.get(caller, (float(self.burst), self._clock()))
@@ -72,30 +80,45 @@ class Room:
         return busy(f"{self.size} requests are under way", "in_flight", _FULL_SECONDS)
 
     @contextmanager
-    def place(self, always: bool = False) -> Iterator[None]:
-        """Take a place while the body runs. Raises Problem (503) when there is none, unless `always`."""
+    def place(self, always: bool = False) -> Iterator[Callable[[], None]]:
+        """Take a place while the body runs; give what gives it back sooner. Raises Problem (503) without one.
+
+        always: even where there is none.
+        """
         if self.full and not always:
             raise self.refusal()
         self.working += 1
+        left = False
+
+        def leave() -> None:
+            nonlocal left
+            self.working -= not left
+            left = True
+
         try:
-            yield
+            yield leave
         finally:
-            self.working -= 1
+            leave()
 
     async def put_off(self, problem: Problem, headers: Mapping[str, str]) -> None:
-        """Hold a refusal back for as long as it would be repeated, and take that off its Retry-After.
+        """Hold a refusal back for as long as it would be repeated, and take that off its Retry-After."""
+        if waited := await self.hold(problem.retry_seconds, headers):
+            problem.waited(waited)
 
-        It is sent at once when it is final, when its request is large, and when enough of them are held already.
+    async def hold(self, retry_seconds: float, headers: Mapping[str, str]) -> float:
+        """Wait as long as a refusal would be repeated; return the seconds.
+
+        None when it is final, when its request is large, and when enough of them are held already.
         """
-        seconds = min(problem.retry_seconds, self.hold_seconds)
+        seconds = min(retry_seconds, self.hold_seconds)
         if seconds <= 0 or self.held >= self.most_held or not _is_small(headers):
-            return
+            return 0.0
         self.held += 1
         try:
             await asyncio.sleep(seconds)
         finally:
             self.held -= 1
-        problem.waited(seconds)
+        return seconds
 
 
 def _is_small(headers: Mapping[str, str]) -> bool:

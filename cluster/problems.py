@@ -53,10 +53,15 @@ class Problem(Exception):
     def waited(self, seconds: float) -> None:
         """Take a time that has passed off the Retry-After, which is in whole seconds and never none."""
         self.retry_seconds = max(0.0, self.retry_seconds - seconds)
-        self.headers["Retry-After"] = str(max(1, math.ceil(self.retry_seconds)))
+        self.headers["Retry-After"] = whole_seconds(self.retry_seconds)
 
     def response(self, request_id: str) -> Response:
         return Response(to_json(self.content(request_id)), self.status, self.headers, MEDIA_TYPE)
+
+
+def whole_seconds(seconds: float) -> str:
+    """Return what a Retry-After may say, which is never nothing."""
+    return str(max(1, math.ceil(seconds)))
 
 
 def busy(detail: str, reason: str, retry_seconds: float, status: int = 503) -> Problem:

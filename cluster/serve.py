@@ -8,13 +8,13 @@ themselves; several times as many requests a second go through it. Its limits: m
 4 MiB (a batch of hits times their number, with "spread" or a reranker), no TLS, and a port that is open on every
 interface of the machine, whatever `serve.host` says; so are its own ports, of which a machine has one each, for metrics
 (9101, RAY_SERVE_HAPROXY_METRICS_PORT) and statistics (8404, RAY_SERVE_HAPROXY_STATS_PORT). The setting is of the Ray
-cluster, made before it starts. Requests that a gateway was working on when it was killed are asked again of another
-one; behind the Python proxy they fail with 500.
+cluster, made before it starts. Searches that a gateway was working on when it was killed are asked again of another
+one, by HAProxy or by the door before the Python proxy.
 
 More requests than `serve.max_ongoing` are refused by us, not by Ray Serve: at a door before its own servers
 (`cluster.door`) on clusters that `pinakes` starts, by the API itself elsewhere. A cluster of your own gets the door by
-RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=cluster.door:middlewares and PINAKES_DOOR="[256, 1.0]" (requests that a proxy
-lets in, seconds that a refusal is held back) in the environment of every node.
+RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=cluster.door:middlewares and PINAKES_DOOR='{"max_ongoing": 256}' (the requests
+that a proxy lets in; also hold_ms, max_body_bytes and access_log as in `serve`) in the environment of every node.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ was promoted, however and from wherever that was done.
 # annotations` here).
 
 import asyncio
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,10 +29,11 @@ from pipelines import publish
 from pipelines.config import PromoteConfig, ServeConfig
 from pipelines.errors import ArtifactError, ConfigError, PinakesError
 from pipelines.gate import check_smoke, smoke_k, smoke_queries
-from pipelines.retrieve import Retriever, check_k
+from pipelines.retrieve import Retriever, check_k, encoder_name
 from pipelines.room import check_room
 from pipelines.schema import Hit
 
+_log = logging.getLogger("ray.serve")
 _MANY_HITS = 256  # more are fetched on a thread, so that other requests go on
 _FACTS = ("num_rows", "dim", "factory", "metric", "num_shards", "recall", "search_params", "created")
 
@@ -94,10 +96,8 @@ class Gateway:
         texts, stages = request.texts(self.config), self._stages(request)
         check_k(request.k, retriever.manifest)
         depth = min(max(request.k, *(self.depths[stage] for stage in stages), 1), len(retriever.passages))
-        # A caller's own short time leaves out stages and shards; only the server's makes a query not worth encoding.
-        latest = time.monotonic() + self.config.budget_ms / 1000
         wanted = depth, retriever.filter(request.filter)
-        answered = await self._find(retriever, texts, wanted, deadline, latest)
+        answered = await self._find(retriever, texts, wanted, deadline)
         start = time.perf_counter()
         found = await self._fetch(retriever, answered)
         fetched = {"fetch": time.perf_counter() - start}
@@ -107,7 +107,7 @@ class Gateway:
         response = {
             "alias": alias,
             "version": m["version"],
-            "encoder": m["encoder"]["checkpoint"],
+            "encoder": encoder_name(m),
             "complete": not (skipped or answered.lost),
             "took_ms": {name: round(spent * 1000, 3) for name, spent in seconds.items()},
             **found_json(request, found, given),
@@ -119,13 +119,11 @@ class Gateway:
             response["explain"] = {"depth": depth, "queries_in_batch": answered.num_batched, **facts}
         return response
 
-    async def _find(
-        self, retriever: Retriever, texts: list[str], wanted: Wanted, deadline: float, latest: float
-    ) -> _Found:
-        """Encode and search. deadline, latest: time.monotonic() until which to wait for shards, and for its turn."""
+    async def _find(self, retriever: Retriever, texts: list[str], wanted: Wanted, deadline: float) -> _Found:
+        """Encode and search. deadline: time.monotonic() until which it waits for its turn, and for shards."""
         if (where := wanted[1]) is not None:  # here, where nobody else waits for a filter that is new
             await asyncio.to_thread(retriever.select, where)
-        answered = await self.batcher.run(retriever, texts, wanted, latest)
+        answered = await self.batcher.run(retriever, texts, wanted, deadline)
         spent, lost = answered.seconds, list[int]()
         seconds = {"receive": spent["wait"], "encode": spent["encode"], "search": spent["search"]}
         score_BK, row_BK = answered.score_BK, answered.row_BK
@@ -156,7 +154,7 @@ class Gateway:
         for stage in stages:
             start = time.perf_counter()
             handle = self.reranker.rerank if stage == "rerank" else self.reader.answer
-            result = await _unwrapped(within(deadline, partial(handle.remote, texts, found)))
+            result = await _stage_result(stage, within(deadline, partial(handle.remote, texts, found)))
             if result is None:
                 skipped.append(stage)
             elif stage == "rerank":
@@ -191,7 +189,7 @@ class Gateway:
                 "alias": alias,
                 "version": version,
                 "state": self._state(alias, version),
-                "encoder": retriever.manifest["encoder"]["checkpoint"],
+                "encoder": encoder_name(retriever.manifest),
                 **{name: retriever.manifest[name] for name in _FACTS},
                 "metadata": retriever.passages.fields,
             }
@@ -259,8 +257,8 @@ class Gateway:
 
     async def _smoke(self, retriever: Retriever) -> dict[str, str]:
         queries = smoke_queries(retriever.manifest, retriever.passages, self.settings.smoke_queries)
-        k, latest = smoke_k(retriever.manifest), time.monotonic() + self.config.budget_ms / 1000
-        found = await self._find(retriever, queries, (k, None), latest, latest)
+        k, deadline = smoke_k(retriever.manifest), time.monotonic() + self.config.budget_ms / 1000
+        found = await self._find(retriever, queries, (k, None), deadline)
         if found.lost:
             raise PinakesError(f"shards {found.lost} do not answer smoke queries", hint="look at their log")
         hits = retriever.passages.hits(found.score_BK, found.row_BK)
@@ -278,9 +276,16 @@ class Gateway:
         await self.shards.tell("release", alias, version)
 
 
-async def _unwrapped(asked: Any) -> Any:
-    """Await it; raise what our own code raised in another process as itself."""
+async def _stage_result(stage: str, asked: Any) -> Any:
+    """Return what the stage answers, None where it fails: what was found without it still counts.
+
+    Raises PinakesError as our own code raised it there: it is about the request.
+    """
     try:
         return await asked
     except Exception as error:
-        raise unwrap(error) from error
+        cause = unwrap(error)
+        if isinstance(cause, PinakesError):
+            raise cause from error
+        _log.warning("the stage %r fails: %s", stage, cause)
+        return None

@@ -94,14 +94,25 @@ class Shard:
     async def release(self, alias: str, version: str) -> None:
         self.versions.release(alias, version)
 
-    async def search(self, alias: str, version: str, queries_BD: Any, k: int, where: Filter | None) -> Any:
-        """Return (score_BK, row_BK) over this deployment's shards; a version that is not loaded is loaded first."""
+    async def search(
+        self, alias: str, version: str, queries_BD: Any, k: int, where: Filter | None, seconds: float
+    ) -> Any:
+        """Return (score_BK, row_BK) over this deployment's shards; a version that is not loaded is loaded first.
+
+        seconds: until nobody waits for it any more. Raises BusyError when a shard's turn comes later than that.
+        """
+        deadline = time.monotonic() + seconds
         group = self.versions.now.loaded.get((alias, version))
         if group is None:
             group = await asyncio.to_thread(self.versions.prepare, alias, version)
-        shards = group.shards.values()
+
+        def in_time(shard: LocalShard) -> Any:
+            if time.monotonic() > deadline:
+                raise BusyError("the time was over before the shard's turn came")
+            return shard.search(queries_BD, k, where)
+
         with self.device_watch:
-            found = await asyncio.gather(*(asyncio.to_thread(shard.search, queries_BD, k, where) for shard in shards))
+            found = await asyncio.gather(*(asyncio.to_thread(in_time, shard) for shard in group.shards.values()))
         return merge_topk(list(found), k)
 
     def check_health(self) -> None:
@@ -140,7 +151,7 @@ class ShardDeployments:
 
 async def _answer_of(handle: Any, until: float, *arguments: Any) -> Any:
     try:
-        return await within(until, lambda left: handle.search.remote(*arguments))
+        return await within(until, lambda left: handle.search.remote(*arguments, left))
     except Exception as error:  # whatever it is, the other shards' hits still count, and the answer says what lacks
         _log.warning("a shard deployment does not answer: %s", error)
         return None

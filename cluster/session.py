@@ -22,7 +22,8 @@ HAPROXY_RETRIES = ("RAY_SERVE_HAPROXY_RETRY_ON", "conn-failure empty-response")
 
 DOOR = ("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "cluster.door:middlewares")
 DOOR_LIMITS = "PINAKES_DOOR"
-"""The requests that Serve's proxies let in, and the seconds that a refusal is held back, as JSON."""
+"""What the door has to know of `serve`, as JSON; max_ongoing here is what one of Serve's proxies lets in."""
+_OF_THE_DOOR = {"hold_ms", "max_body_bytes", "access_log"}
 
 _results: TextIO | None = None
 
@@ -31,7 +32,11 @@ def choose_proxy(settings: ServeConfig) -> None:
     """Set what a cluster that this process starts needs for `serve.proxy`; before it starts, and Serve is imported."""
     replicas = settings.replicas if isinstance(settings.replicas, int) else settings.replicas[1]
     os.environ.setdefault(*DOOR)
-    os.environ[DOOR_LIMITS] = json.dumps([settings.max_ongoing * replicas, settings.hold_ms / 1000])
+    limits = settings.model_dump(include=_OF_THE_DOOR)
+    os.environ[DOOR_LIMITS] = json.dumps({"max_ongoing": settings.max_ongoing * replicas, **limits})
+    # Serve's HTTP servers would believe whoever comes from this machine (HAProxy passes on what callers say) about
+    # their address, which rates go by.
+    os.environ.setdefault("FORWARDED_ALLOW_IPS", "")
     if settings.proxy == "haproxy":
         os.environ.update(HAPROXY)
         os.environ.setdefault(*HAPROXY_RETRIES)

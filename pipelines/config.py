@@ -272,6 +272,12 @@ class ServeConfig(Strict):
             raise ValueError("gpus_per_shard needs placement: spread, where shards are deployments of their own")
         return self
 
+    @model_validator(mode="after")
+    def _rates_of_somebody(self) -> ServeConfig:
+        if self.rate_per_second and self.proxy == "haproxy" and not self.require_key:
+            raise ValueError("rate_per_second behind haproxy needs require_key: there all callers have one address")
+        return self
+
 
 class ClusterConfig(Strict):
     address: str | None = None

@@ -246,6 +246,13 @@ def check_k(k: int, manifest: dict[str, Any]) -> None:
         )
 
 
+def encoder_name(manifest: dict[str, Any]) -> str:
+    """Return what callers are told of a version's encoder: its name on the hub, or that of its folder, not the path."""
+    checkpoint = str(manifest["encoder"]["checkpoint"])
+    is_place = checkpoint.startswith(("/", "~", ".")) or "://" in checkpoint
+    return checkpoint.rstrip("/").rpartition("/")[2] if is_place else checkpoint
+
+
 def bound_encoder(manifest: dict[str, Any]) -> EncoderSpec:
     """Return the encoder bound to a version."""
     names = EncoderSpec.__dataclass_fields__

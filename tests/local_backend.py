@@ -30,7 +30,7 @@ from pipelines.encode import Encoder, resolve
 from pipelines.errors import ArtifactError, BusyError, ConfigError
 from pipelines.manifest import find_finished, fingerprint, put_done, write_manifest
 from pipelines.rerank import rerank_within
-from pipelines.retrieve import Retriever, check_k
+from pipelines.retrieve import Retriever, check_k, encoder_name
 from pipelines.staging import corpus_store
 from pipelines.storage import Store
 
@@ -80,7 +80,7 @@ class LocalBackend:
         return {
             "alias": m["name"],
             "version": m["version"],
-            "encoder": m["encoder"]["checkpoint"],
+            "encoder": encoder_name(m),
             "complete": not skipped,
             **({"skipped": skipped} if skipped else {}),
             "took_ms": {**took, "total": (time.monotonic() - began) * 1000},
@@ -103,7 +103,7 @@ class LocalBackend:
                 "alias": alias,
                 "version": version,
                 "state": next((name for name, known in aliases[alias].items() if known == version), "pinned"),
-                "encoder": retriever.manifest["encoder"]["checkpoint"],
+                "encoder": encoder_name(retriever.manifest),
                 **{name: retriever.manifest[name] for name in names},
             }
             for (alias, version), retriever in self.opened.items()

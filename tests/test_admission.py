@@ -48,11 +48,19 @@ def test_nobody_gets_more_than_burst_and_rate(steps: list[tuple[float, int]]) ->
     limit = RateLimit(3.0, 10, clock)
     for pause, num in steps:
         clock.now += pause
-        if limit.wait_seconds("a") == 0:
-            limit.charge("a", num - 1)
+        if limit.wait_seconds("a") == 0 and limit.charge("a", num - 1) == 0:
             passed += num
     # A last batch may go into debt, by as much as it brings beyond one.
     assert passed <= 10 + 3.0 * clock.now + 3
+
+
+def test_batches_let_in_together_do_not_each_get_the_burst() -> None:
+    clock = Clock()
+    limit = RateLimit(2.0, 5, clock)
+    assert [limit.wait_seconds("a") for _ in range(3)] == [0.0] * 3
+    assert [limit.charge("a", 10) for _ in range(3)] == pytest.approx([0.0, 4.5, 4.5])
+    clock.now = 4.5
+    assert limit.wait_seconds("a") == 0.0
 
 
 def test_callers_not_heard_of_for_longest_are_forgotten() -> None:

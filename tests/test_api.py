@@ -21,7 +21,7 @@ from pipelines.access_keys import KeyFile
 from pipelines.config import RerankConfig, ServeConfig
 from pipelines.errors import BusyError, QualityError, StorageError
 from pipelines.rerank import load_reranker, rerank
-from pipelines.retrieve import Retriever
+from pipelines.retrieve import Retriever, encoder_name
 from tests.checkpoints import write_cross_encoder, write_sentence_transformer
 from tests.fuzz import PROBLEM, REQUESTS, Asked, faults
 from tests.local_backend import TEXTS, LocalBackend, build_root
@@ -202,6 +202,16 @@ def test_aliases_versions_and_readiness(client: TestClient, backend: LocalBacken
     assert (ready["ready"], ready["reranker"], ready["reader"]) == (True, True, False)
     assert ready["aliases"]["cats"]["version"] == state["current"]
     assert client.get("/health").json() == {"status": "ok"}
+
+
+def test_no_answer_tells_where_a_model_lies(client: TestClient, local_root: str) -> None:
+    checkpoint = publish.read_version(local_root, "cats")["encoder"]["checkpoint"]
+    told = [client.get(path) for path in ("/ready", "/aliases", "/versions")]
+    told.append(client.post("/search", json={"query": "cats", "explain": True}))
+    for answer in told:
+        assert (f'"encoder":"{Path(checkpoint).name}"' in answer.text, checkpoint in answer.text) == (True, False)
+    names = {"a/b": "a/b", "s3://bucket/models/x/": "x", "./mine": "mine", "/srv/models/x": "x"}
+    assert {given: encoder_name({"encoder": {"checkpoint": given}}) for given in names} == names
 
 
 def test_a_report_may_run_nothing(client: TestClient, backend: LocalBackend) -> None:

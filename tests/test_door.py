@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 
 from cluster import door
-from cluster.access import ADMITTED, Access
-from cluster.admission import Room
+from cluster.access import ADMITTED, DOOR_HEADER, HOLD_HEADER, Access, replay
 from cluster.session import DOOR, DOOR_LIMITS, choose_proxy
 from cluster.telemetry import Metrics
 from pipelines.config import ServeConfig
-from tests.test_access import asked
+from tests.test_access import asked, fine
 from tests.test_admission import Slow, until
 
 CONFIG = ServeConfig(max_ongoing=2, hold_ms=0, access_log=False)
@@ -41,7 +40,7 @@ def test_a_proxy_lets_in_as_many_as_it_was_told() -> None:
             seen.append(scope)
             await slow(scope, receive, send)
 
-        app = door.Door(serve, Room(2, 0.0))
+        app = door.Door(serve, CONFIG)
         tasks = [asyncio.create_task(asked(app)) for _ in range(2)]
         await until(lambda: len(seen) == 2)
         status, headers, body = await asked(app, {"headers": [(b"x-request-id", b"mine")]})
@@ -64,7 +63,7 @@ def test_before_a_replica_both_count_the_same_once() -> None:
     async def crowd() -> None:
         metrics, slow = Metrics(), Slow()
         room = door.share_room(CONFIG)
-        app = door.Door(Access(slow, CONFIG, None, metrics, room=room), Room(99, 0.0))
+        app = door.Door(Access(slow, CONFIG, None, metrics, room=room), CONFIG.model_copy(update={"max_ongoing": 99}))
         tasks = [asyncio.create_task(asked(app)) for _ in range(2)]
         await until(lambda: room.working == 2)
         probe = asyncio.create_task(asked(app, {"path": "/health"}))
@@ -82,11 +81,11 @@ def test_a_place_is_given_back_whatever_happens() -> None:
         raise RuntimeError("broken")
 
     async def fail() -> None:
-        app = door.Door(broken, room := Room(1, 0.0))
+        app = door.Door(broken, CONFIG)
         for _ in range(3):
             with pytest.raises(RuntimeError, match="broken"):
                 await asked(app)
-        assert room.working == 0
+        assert app._own.working == 0
 
     run(fail)
 
@@ -98,20 +97,227 @@ def test_other_protocols_pass() -> None:
         async def app(scope: Any, receive: Any, send: Any) -> None:
             seen.append(scope["type"])
 
-        await door.Door(app, Room(1, 0.0))({"type": "lifespan"}, None, None)  # type: ignore[arg-type]
+        await door.Door(app, CONFIG)({"type": "lifespan"}, None, None)  # type: ignore[arg-type]
         assert seen == ["lifespan"]
 
     run(lifespan)
 
 
 def test_a_cluster_is_told_of_the_door_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (DOOR[0], DOOR_LIMITS):
+    for name in (DOOR[0], DOOR_LIMITS, "FORWARDED_ALLOW_IPS"):
         monkeypatch.setenv(name, "to be put back after the test")
         monkeypatch.delenv(name)
-    room = door.middlewares()[0].kwargs["room"]
-    assert (room.size, room.hold_seconds) == (256, 1.0)
-    choose_proxy(ServeConfig(max_ongoing=5, replicas=(1, 3), hold_ms=250))
+    assert door.middlewares()[0].kwargs["config"] == ServeConfig()
+    choose_proxy(ServeConfig(max_ongoing=5, replicas=(1, 3), hold_ms=250, max_body_bytes=2048, access_log=False))
     assert os.environ[DOOR[0]] == "cluster.door:middlewares"
+    assert os.environ["FORWARDED_ALLOW_IPS"] == ""
     (middleware,) = door.middlewares()
-    room = middleware.kwargs["room"]
-    assert (middleware.cls, room.size, room.hold_seconds) == (door.Door, 15, 0.25)
+    told = ServeConfig(max_ongoing=15, hold_ms=250, max_body_bytes=2048, access_log=False)
+    assert (middleware.cls, middleware.kwargs["config"]) == (door.Door, told)
+
+
+# What a proxy's door does for the API behind it
+
+SEARCH = {"method": "POST", "path": "/search", "headers": [(b"content-type", b"application/json")]}
+
+
+class Replica:
+    """What Ray's proxy is to the door: it dies `deaths` times before it answers, or says `words` of its own."""
+
+    def __init__(self, app: Any = fine, deaths: int = 0, words: int = 0) -> None:
+        self.app, self.deaths, self.words = app, deaths, words
+        self.scopes: list[Any] = []
+        self.bodies: list[bytes] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.scopes.append(scope)
+        self.bodies.append((await receive()).get("body", b""))
+        if len(self.scopes) <= self.deaths:
+            return  # Ray's proxy says nothing when a replica dies, and its HTTP server "Internal Server Error"
+        if self.words:
+            await send({"type": "http.response.start", "status": self.words, "headers": [(b"x-request-id", b"1")]})
+            await send({"type": "http.response.body", "body": b"Ray says no"})
+            return
+        again = {"type": "http.request", "body": self.bodies[-1], "more_body": False}
+        await self.app(scope, replay([again], receive), send)
+
+
+@pytest.mark.parametrize(
+    ("request_", "deaths", "status", "tries"),
+    [
+        (SEARCH, 2, 200, 3),
+        (SEARCH, 3, 503, 3),
+        ({"path": "/passages/1"}, 1, 200, 2),
+        ({**SEARCH, "path": "/admin/rollback"}, 1, 500, 1),
+    ],
+)
+def test_what_a_dead_replica_left_unanswered_is_asked_of_another(
+    request_: dict[str, Any], deaths: int, status: int, tries: int
+) -> None:
+    async def die() -> None:
+        replica = Replica(deaths=deaths)
+        body = [{"type": "http.request", "body": b'{"query": "x"}', "more_body": False}]
+        app = door.Door(replica, CONFIG)
+        answer = await asked(app, request_, body)
+        assert (answer[0], len(replica.scopes)) == (status, tries)
+        assert set(replica.bodies) == {b'{"query": "x"}'}
+        ids = {dict(scope["headers"])[b"x-request-id"] for scope in replica.scopes}
+        assert len(ids) == 1
+        if status != 200:
+            assert answer[1][b"content-type"] == b"application/problem+json"
+            assert json.loads(answer[2])["instance"].encode().endswith(ids.pop())
+        assert app._own.working == 0
+
+    run(die)
+
+
+@pytest.mark.parametrize("status", [408, 429, 503])
+def test_what_ray_says_in_its_own_words_is_told_in_ours(status: int) -> None:
+    async def busy() -> None:
+        found, headers, body = await asked(door.Door(Replica(words=status), CONFIG))
+        assert (found, headers[b"retry-after"], json.loads(body)["title"]) == (503, b"1", "Too busy, or out of time")
+
+    run(busy)
+
+
+def test_callers_beyond_their_rate_take_no_room_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(*DOOR)
+    config = CONFIG.model_copy(update={"hold_ms": 10_000, "rate_per_second": 0.01, "rate_burst": 1})
+
+    async def crowd() -> None:
+        app = door.Door(Access(fine, config, None, Metrics()), config)
+        assert (await asked(app))[0] == 200
+        held = [asyncio.create_task(asked(app)) for _ in range(5)]
+        await until(lambda: app._own.held == 5)
+        assert app._own.working == 0
+        assert (await asked(app, {"client": ("10.0.0.2", 1)}))[0] == 200
+        for task in held:
+            task.cancel()
+        assert await asyncio.gather(*held, return_exceptions=True)
+        assert app._own.held == 0
+
+    run(crowd)
+
+
+def test_a_held_refusal_says_what_is_left_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(*DOOR)
+    config = CONFIG.model_copy(update={"hold_ms": 20, "rate_per_second": 0.25, "rate_burst": 1})
+
+    async def ask() -> None:
+        app = door.Door(Access(fine, config, None, Metrics()), config)
+        assert (await asked(app))[0] == 200
+        status, headers, _ = await asked(app)
+        assert (status, headers[b"retry-after"]) == (429, b"4")
+        assert HOLD_HEADER not in headers
+
+    run(ask)
+
+
+def test_headers_that_ray_would_obey_stay_outside() -> None:
+    headers = [
+        (b"x-request-id", b"\xff"),
+        (b"X-Request-Timeout-Seconds", b"0.01"),
+        (b"x-request-disconnect-disabled", b"?1"),
+        (b"serve_multiplexed_model_id", b"\xff"),
+        (b"x-session-id", b"\xff"),
+        (DOOR_HEADER, b"999999"),
+        (b"x-api-key", b"mine"),
+    ]
+
+    async def steer() -> None:
+        replica = Replica()
+        assert (await asked(door.Door(replica, CONFIG), {"headers": headers}))[0] == 200
+        seen = dict(replica.scopes[0]["headers"])
+        assert set(seen) == {b"x-request-id", b"x-api-key", DOOR_HEADER}
+        assert len(seen[b"x-request-id"]) == 32
+        assert seen[DOOR_HEADER] == b"0"
+
+    run(steer)
+
+
+def test_a_body_takes_no_room_before_it_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "BODY_SECONDS", 0.1)
+    part = {"type": "http.request", "body": b"{", "more_body": True}
+
+    async def trickle() -> None:
+        app = door.Door(replica := Replica(), CONFIG)
+
+        async def receive() -> Any:
+            await asyncio.sleep(0.03)
+            return part
+
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "client": ("10.0.0.1", 1), **SEARCH}
+        slow = [asyncio.create_task(app(dict(scope), receive, send)) for _ in range(3)]
+        await until(lambda: app._reading == 3)
+        assert app._own.working == 0
+        assert (await asked(app))[0] == 200
+        await asyncio.gather(*slow)
+        assert [m["status"] for m in sent if m["type"] == "http.response.start"] == [408] * 3
+        assert (app._reading, len(replica.scopes)) == (0, 1)
+
+        monkeypatch.setattr(door, "_MOST_READING", 0)
+        assert (await asked(app, SEARCH))[0] == 503
+
+    run(trickle)
+
+
+def test_a_body_beyond_the_limit_is_passed_on_to_be_refused() -> None:
+    pieces = [{"type": "http.request", "body": b"x" * 800, "more_body": True} for _ in range(5)]
+
+    async def pour() -> None:
+        config = CONFIG.model_copy(update={"max_body_bytes": 2000})
+        app = door.Door(Access(fine, config, None, Metrics()), config)
+        assert (await asked(app, SEARCH, pieces))[0] == 413
+        gone = [pieces[0], {"type": "http.disconnect"}]
+        assert (await asked(app, SEARCH, gone))[0] == 0
+
+    run(pour)
+
+
+def test_a_caller_who_takes_no_answer_loses_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "_SEND_SECONDS", 0.05)
+
+    async def wait() -> None:
+        app = door.Door(fine, CONFIG)
+
+        async def send(message: Any) -> None:
+            await asyncio.sleep(3600)
+
+        scope = {"type": "http", "client": ("10.0.0.1", 1), "method": "GET", "path": "/x", "headers": []}
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        with pytest.raises(TimeoutError):
+            await app(scope, receive, send)
+        assert app._own.working == 0
+
+    run(wait)
+
+
+def test_refusals_of_a_proxy_are_logged_there_and_counted_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(*DOOR)
+    lines: list[tuple[str, Any]] = []
+    monkeypatch.setattr(door, "log_line", lambda event, facts: lines.append((event, facts)))
+    config = CONFIG.model_copy(update={"access_log": True})
+
+    async def crowd() -> None:
+        metrics, slow = Metrics(), Slow()
+        app = door.Door(Access(slow, CONFIG, None, metrics), config)
+        tasks = [asyncio.create_task(asked(app)) for _ in range(2)]
+        await until(lambda: app._own.working == 2)
+        assert [(await asked(app))[0] for _ in range(3)] == [503] * 3
+        slow.gate.set()
+        assert [(await task)[0] for task in tasks] == [200] * 2
+        assert (await asked(app))[0] == 200
+        page = metrics.page({"versions": []}).decode()
+        (line,) = [line for line in page.splitlines() if line.startswith("pinakes_refused_requests_total{")]
+        assert (line.endswith(" 3.0"), 'reason="in_flight"' in line) == (True, True)
+
+    run(crowd)
+    assert [(event, facts["status"], facts["refused"]) for event, facts in lines] == [("request", 503, "in_flight")] * 3

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from pipelines import embeddings
 from pipelines.encode import Encoder
 from pipelines.manifest import read_manifest
-from pipelines.retrieve import bound_encoder
+from pipelines.retrieve import bound_encoder, encoder_name
 from pipelines.storage import Store
 from tests.bench.serve_client import Answers
 from tests.bench.serve_data import Corpus
@@ -80,7 +80,7 @@ class Check:
             scores = np.array([hit["score"] for hit in answer["hits"]])
             name = names.get(answer["version"], answer["version"])
             seen[name] += 1
-            encoder = self.corpus.versions[name]["encoder"]["checkpoint"] if name in found else None
+            encoder = encoder_name(self.corpus.versions[name]) if name in found else None
             errors = {other: version.error(place[question], rows, scores) for other, version in found.items()}
             own = errors.pop(name, float("inf"))
             largest, nearest = max(largest, own), min(nearest, *errors.values())
