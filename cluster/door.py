@@ -110,18 +110,28 @@ class Door:
         with room.place(always=path in ALWAYS) as leave:
             visit.leave = leave
             if room is not self._own:
-                await self.app(visit.scope({ADMITTED: True}, 0), visit.replayed(), visit.send)
+                await self._pass(visit, {ADMITTED: True}, 0)
                 return
             tries = _TRIES if visit.whole and (path in _AGAIN or visit.method not in WITH_BODY) else 1
             for number in range(tries):
                 await asyncio.sleep(_RETRY_SECONDS * number)
                 told, self._untold = self._untold, 0
-                await self.app(visit.scope({}, told), visit.replayed(), visit.send)
+                await self._pass(visit, {}, told)
                 if visit.begun or visit.gone:
                     return
                 if visit.put_aside:
                     break
             raise busy("no replica answers now", "no_replica", 1.0) if visit.put_aside or tries > 1 else failed()
+
+    async def _pass(self, visit: _Visit, more: Message, untold: int) -> None:
+        """Have the request answered. Raises Problem (500) where that breaks before any of the answer is out."""
+        try:
+            await self.app(visit.scope(more, untold), visit.replayed(), visit.send)
+        except Exception as error:
+            if visit.begun:
+                raise  # the server cuts the connection, and the caller sees it
+            log_line("failure", {"request_id": visit.request_id, "route": "door"}, error)
+            raise failed() from error
 
     async def _read(self, visit: _Visit) -> None:
         """Wait for the body; it takes no place meanwhile. Raises Problem for one too slow, and for one of too many."""
@@ -155,6 +165,7 @@ class _Visit:
         self._headers = [pair for pair in clean if pair[0] != b"x-request-id"]
         self._headers.append((b"x-request-id", self.request_id.encode()))
         self._pieces: list[Message] = []
+        self._start: Message | None = None
         self.whole = False
         self.begun = self.gone = self.put_aside = False
         self.leave = lambda: None
@@ -188,11 +199,14 @@ class _Visit:
         if message["type"] == "http.response.start":
             headers = dict(message["headers"])
             self.put_aside = self._may_be_rays and message["status"] in (408, 429, 503) and _OURS not in headers
-            self.begun = not self.put_aside
             if hold := headers.pop(HOLD_HEADER, None):
                 message = {**message, "headers": await self._held(headers, float(hold))}
-        if self.begun:
+            self._start = message  # it goes out with what follows: nothing is out when a replica dies in between
+        elif not self.put_aside:
+            start, self._start, self.begun = self._start, None, True
             async with asyncio.timeout(_SEND_SECONDS):
+                if start is not None:
+                    await self._send(start)
                 await self._send(message)
 
     async def _held(self, headers: dict[bytes, bytes], retry_seconds: float) -> list[tuple[bytes, bytes]]:
@@ -201,7 +215,7 @@ class _Visit:
         return [*headers.items(), (b"retry-after", whole_seconds(left).encode())]
 
     async def refuse(self, problem: Problem) -> None:
-        self.begun, self._may_be_rays = True, False
+        self._may_be_rays = False
         call = Call(self._scope, {"x-request-id": self.request_id}, self.send, tells_id=True)
         await call.refuse(problem, self.receive)
 

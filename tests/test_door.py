@@ -83,8 +83,8 @@ def test_a_place_is_given_back_whatever_happens() -> None:
     async def fail() -> None:
         app = door.Door(broken, CONFIG)
         for _ in range(3):
-            with pytest.raises(RuntimeError, match="broken"):
-                await asked(app)
+            status, headers, _ = await asked(app)
+            assert (status, headers[b"content-type"]) == (500, b"application/problem+json")
         assert app._own.working == 0
 
     run(fail)
@@ -122,10 +122,13 @@ SEARCH = {"method": "POST", "path": "/search", "headers": [(b"content-type", b"a
 
 
 class Replica:
-    """What Ray's proxy is to the door: it dies `deaths` times before it answers, or says `words` of its own."""
+    """What Ray's proxy is to the door: it dies `deaths` times before it answers, or says `words` of its own.
 
-    def __init__(self, app: Any = fine, deaths: int = 0, words: int = 0) -> None:
-        self.app, self.deaths, self.words = app, deaths, words
+    begins: whether it dies between the head of its answer and the rest.
+    """
+
+    def __init__(self, app: Any = fine, deaths: int = 0, words: int = 0, begins: bool = False) -> None:
+        self.app, self.deaths, self.words, self.begins = app, deaths, words, begins
         self.scopes: list[Any] = []
         self.bodies: list[bytes] = []
 
@@ -133,6 +136,10 @@ class Replica:
         self.scopes.append(scope)
         self.bodies.append((await receive()).get("body", b""))
         if len(self.scopes) <= self.deaths:
+            if self.begins:
+                await send(
+                    {"type": "http.response.start", "status": 200, "headers": [(b"x-content-type-options", b"")]}
+                )
             return  # Ray's proxy says nothing when a replica dies, and its HTTP server "Internal Server Error"
         if self.words:
             await send({"type": "http.response.start", "status": self.words, "headers": [(b"x-request-id", b"1")]})
@@ -142,6 +149,7 @@ class Replica:
         await self.app(scope, replay([again], receive), send)
 
 
+@pytest.mark.parametrize("begins", [False, True])
 @pytest.mark.parametrize(
     ("request_", "deaths", "status", "tries"),
     [
@@ -152,10 +160,10 @@ class Replica:
     ],
 )
 def test_what_a_dead_replica_left_unanswered_is_asked_of_another(
-    request_: dict[str, Any], deaths: int, status: int, tries: int
+    request_: dict[str, Any], deaths: int, status: int, tries: int, begins: bool
 ) -> None:
     async def die() -> None:
-        replica = Replica(deaths=deaths)
+        replica = Replica(deaths=deaths, begins=begins)
         body = [{"type": "http.request", "body": b'{"query": "x"}', "more_body": False}]
         app = door.Door(replica, CONFIG)
         answer = await asked(app, request_, body)
@@ -277,6 +285,19 @@ def test_a_body_beyond_the_limit_is_passed_on_to_be_refused() -> None:
         assert (await asked(app, SEARCH, gone))[0] == 0
 
     run(pour)
+
+
+def test_what_breaks_within_an_answer_is_cut() -> None:
+    async def half(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"hal", "more_body": True})
+        raise RuntimeError("broken")
+
+    async def ask() -> None:
+        with pytest.raises(RuntimeError, match="broken"):
+            await asked(door.Door(half, CONFIG))
+
+    run(ask)
 
 
 def test_a_caller_who_takes_no_answer_loses_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
