@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -273,6 +274,29 @@ def test_bad_requests_are_explained(client: TestClient, body: Any, status: int, 
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     response = client.post("/search", content=content, headers={"Content-Type": "application/json"})
     assert message in problem(response, status)
+
+
+@pytest.mark.parametrize("path", ["/search", "/search/batch"])
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"queries": [0] * 200_000}, "queries.0: "),
+        ({str(i): i for i in range(100_000)}, "100000 fields"),
+        ({"x" * 1_000_000: 1}, "body.xxx"),
+    ],
+)
+def test_a_body_full_of_mistakes_is_refused_at_the_first(
+    client: TestClient, path: str, body: dict[str, Any], message: str
+) -> None:
+    content = json.dumps(body)
+    tracemalloc.start()
+    response = client.post(path, content=content, headers={"Content-Type": "application/json"})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    told = problem(response, 422)
+    assert message in told
+    assert len(told) < 1000
+    assert peak < 30 * len(content)
 
 
 def test_other_methods_and_kinds_of_bodies_are_refused(client: TestClient) -> None:
