@@ -68,7 +68,8 @@ class SearchRequest(_Options):
     )
 
     def texts(self, config: ServeConfig) -> list[str]:
-        """Return the queries. Raises ConfigError when there are none, both forms, too many or too long ones."""
+        """Return the queries. Raises ConfigError when there are none, both forms, too many or too long ones, or when
+        they ask for too many hits."""
         if (self.query is None) == (self.queries is None):
             raise ConfigError("give either `query` or `queries`", expected="exactly one of them")
         texts = [self.query] if self.query is not None else list(self.queries or [])
@@ -77,6 +78,9 @@ class SearchRequest(_Options):
         for text in texts:
             check_query(text, config)
         self.check(config)
+        if (num_hits := len(texts) * self.k) > config.max_hits:
+            what = f"{len(texts)} queries with k {self.k} ask for {num_hits} hits"
+            raise ConfigError(what, expected=f"at most {config.max_hits} in one answer")
         return texts
 
 

@@ -32,7 +32,7 @@ class Batch:
         self, request: BatchRequest, config: ServeConfig, call: Call, search: Any, note: Callable[..., None]
     ) -> None:
         self.request, self.config, self.call, self._search, self._note = request, config, call, search, note
-        self.size = min(GROUP, config.max_batch)
+        self.size = min(GROUP, config.max_batch, config.max_hits // request.k)
         self.version = request.version
 
     async def start(self) -> list[Outcome]:

@@ -299,6 +299,21 @@ def test_a_body_full_of_mistakes_is_refused_at_the_first(
     assert peak < 30 * len(content)
 
 
+def test_hits_of_one_answer_are_limited_and_streams_search_fewer_at_a_time(local_root: str) -> None:
+    config = ServeConfig(**{**SETTINGS, "max_hits": 100})
+    asked: list[int] = []
+    odd = Odd(LocalBackend(local_root, ["cats"], config), lambda request: asked.append(len(request.queries or [])))
+    client = served(odd)
+    assert client.post("/search", json={"queries": TEXTS[:5], "k": 20}).status_code == 200
+    refused = problem(client.post("/search", json={"queries": TEXTS[:5], "k": 21}), 422)
+    assert refused == "5 queries with k 21 ask for 105 hits; expected at most 100 in one answer"
+    for k, sizes in ((50, [2, 2, 1]), (30, [3, 2])):
+        asked.clear()
+        lines = client.post("/search/batch", json={"queries": TEXTS[:5], "k": k}).text.splitlines()
+        assert [len(json.loads(line)["hits"]) for line in lines] == [k] * 5
+        assert asked == sizes
+
+
 def test_other_methods_and_kinds_of_bodies_are_refused(client: TestClient) -> None:
     refused = client.delete("/search")
     assert (problem(refused, 405), refused.headers["allow"]) == ("Method Not Allowed", "POST")
