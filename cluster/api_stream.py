@@ -36,11 +36,14 @@ class Batch:
         self.version = request.version
 
     async def start(self) -> list[Outcome]:
-        """Return the outcomes of the first group. Raises what they all came to, if that is one and the same error:
-        an alias that does not exist, say, is told by the status of the whole request."""
+        """Return the outcomes of the first group. Raises what they all came to, if that is one and the same error of
+        the search: an alias that does not exist, say, is told by the status of the whole request. Queries that are no
+        good have a line each, unless there are no others."""
         first = await self._group(0)
         problems = [outcome for outcome in first if isinstance(outcome, Problem)]
-        if len(problems) == len(first) and len({(p.status, p.detail) for p in problems}) == 1:
+        alike = len(problems) == len(first) and len({(p.status, p.detail) for p in problems}) == 1
+        good = [self._fault(text) is None for text in self.request.queries]
+        if alike and (any(good[: self.size]) or not any(good)):
             raise problems[0]
         return first
 
@@ -55,16 +58,18 @@ class Batch:
         return to_json({"index": index, **told}) + b"\n"
 
     async def _group(self, start: int) -> list[Outcome]:
-        outcomes: dict[int, Outcome] = {}
-        for i, text in enumerate(self.request.queries[start : start + self.size]):
-            try:
-                check_query(text, self.config)
-            except PinakesError as error:
-                outcomes[i] = of_error(error)
-        asked = [i for i in range(len(self.request.queries[start : start + self.size])) if i not in outcomes]
-        answers = await self._ask([self.request.queries[start + i] for i in asked])
-        outcomes.update(zip(asked, answers, strict=True))
-        return [outcomes[i] for i in sorted(outcomes)]
+        texts = self.request.queries[start : start + self.size]
+        faults = [self._fault(text) for text in texts]
+        answers = iter(await self._ask([text for text, fault in zip(texts, faults, strict=True) if fault is None]))
+        return [next(answers) if fault is None else fault for fault in faults]
+
+    def _fault(self, text: str) -> Problem | None:
+        """Return what is wrong with a query by itself."""
+        try:
+            check_query(text, self.config)
+        except PinakesError as error:
+            return of_error(error)
+        return None
 
     async def _ask(self, texts: Sequence[str]) -> list[Outcome]:
         """Return the answer to each query. When they fail together each is tried alone, so that one does not spoil

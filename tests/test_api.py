@@ -145,6 +145,12 @@ def test_what_a_whole_batch_comes_to_is_its_status(client: TestClient) -> None:
     assert "no reader" in problem(client.post("/search/batch", json={"queries": ["x", "y"], "answer": True}), 422)
 
 
+def test_bad_queries_at_the_start_do_not_refuse_the_others(client: TestClient) -> None:
+    lines = client.post("/search/batch", json={"queries": [" "] * GROUP + TEXTS[:1], "k": 1}).text.splitlines()
+    assert [json.loads(line).get("error", {}).get("status") for line in lines] == [422] * GROUP + [None]
+    assert "blank" in problem(client.post("/search/batch", json={"queries": [" "] * (GROUP + 1)}), 422)
+
+
 def test_a_poisonous_query_costs_its_own_line_alone(backend: LocalBackend) -> None:
     def act(request: SearchRequest) -> None:
         if "poison" in (request.queries or []):
