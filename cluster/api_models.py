@@ -167,10 +167,17 @@ class ProblemModel(BaseModel):
     instance: str
 
 
+class LineProblemModel(ProblemModel):
+    """What one query of a batch came to. retry_after: seconds after which it may do better (429 and 503)."""
+
+    retry_after: int | None = None
+
+
 class BatchLine(BaseModel):
     """One line of a batch: an answer as of POST /search, or the `error` that this query alone came to.
 
-    index: position of the query in `queries`.
+    index: position of the query in `queries`. took_ms: with `explain`, of the queries that were searched together with
+    this one.
     """
 
     index: int
@@ -182,8 +189,9 @@ class BatchLine(BaseModel):
     missing_shards: list[int] | None = None
     hits: list[HitModel] | None = None
     answers: list[AnswerModel] | None = None
+    took_ms: dict[str, float] | None = None
     explain: dict[str, Any] | None = None
-    error: ProblemModel | None = None
+    error: LineProblemModel | None = None
 
 
 class VersionFacts(BaseModel):

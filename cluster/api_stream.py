@@ -6,6 +6,7 @@ switch in the middle does not mix two vector spaces in one batch.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
@@ -54,8 +55,13 @@ class Batch:
             yield b"".join(self._line(start + i, outcome) for i, outcome in enumerate(outcomes))
 
     def _line(self, index: int, outcome: Outcome) -> bytes:
-        told = {"error": outcome.content(self.call.request_id)} if isinstance(outcome, Problem) else outcome
+        told = {"error": self._error(outcome)} if isinstance(outcome, Problem) else outcome
         return to_json({"index": index, **told}) + b"\n"
+
+    def _error(self, problem: Problem) -> dict[str, Any]:
+        """Return a problem's JSON with when to come back: a line has no header to say it."""
+        after = {"retry_after": math.ceil(problem.retry_seconds)} if problem.retry_seconds else {}
+        return {**problem.content(self.call.request_id), **after}
 
     async def _group(self, start: int) -> list[Outcome]:
         texts = self.request.queries[start : start + self.size]
@@ -96,7 +102,8 @@ class Batch:
         answer = await self._search(group, time.monotonic() + budget_ms / 1000)
         self._note(answer, group)
         self.version = answer["version"]
-        names = ("alias", "version", "encoder", "complete", "skipped", "missing_shards", "explain")
+        names = ["alias", "version", "encoder", "complete", "skipped", "missing_shards", "explain"]
+        names += ["took_ms"] if self.request.explain else []
         shared = {name: answer[name] for name in names if name in answer}
         read = answer.get("results_answers")
         more = [{"answers": few} for few in read] if read is not None else [{}] * len(answer["results"])

@@ -59,7 +59,8 @@ class FoundAnswer:
 @dataclass(frozen=True)
 class SearchResult:
     """What one query found. complete: False where `skipped` names stages, or `missing_shards` shards, that were too
-    slow. took_ms: of the server's stages; empty in a batch. answers: None unless asked for."""
+    slow. took_ms: of the server's stages; in a batch only with explain, for those searched together.
+    answers: None unless asked for."""
 
     alias: str
     version: str

@@ -146,7 +146,7 @@ def refused(problem: Mapping[str, Any], where: str, headers: Any = None) -> Pina
     request = str(problem.get("instance", "")).rpartition(":")[2]
     told = {"where": where, "hint": f"the server's log knows it as request {request}" if request else ""}
     if status in (429, 503):
-        after = (headers.get("Retry-After") if headers else None) or "1"
+        after = str((headers or {}).get("Retry-After") or problem.get("retry_after") or 1)
         return BusyError(what, retry_seconds=float(after) if after.isdecimal() else 1.0, status=status, **told)
     if status in _REFUSALS:
         return _REFUSALS[status](what, **told)

@@ -115,6 +115,16 @@ def test_a_version_may_be_named(client: TestClient, backend: LocalBackend) -> No
     assert "no version" in problem(unknown, 404)
 
 
+def test_lines_of_a_batch_are_explained_with_their_times(client: TestClient) -> None:
+    for explain in (True, False):
+        lines = client.post("/search/batch", json={"queries": TEXTS[:3], "explain": explain}).text.splitlines()
+        told = [json.loads(line) for line in lines]
+        assert [set(line.get("took_ms", {})) for line in told] == [
+            {"encode", "search", "fetch", "total"} if explain else set()
+        ] * 3
+        assert all(("explain" in line) is explain for line in told)
+
+
 def test_reranked_hits_carry_both_scores(client: TestClient, backend: LocalBackend, local_root: str) -> None:
     hits = Retriever.open(local_root, "cats").search([TEXTS[3]], 50)[0]
     expected = rerank(backend.reranker, TEXTS[3], hits, 50)[:5]
@@ -193,6 +203,7 @@ def test_a_server_too_busy_for_a_later_group_says_so_in_its_lines(backend: Local
     lines = served(Odd(backend, act)).post("/search/batch", json={"queries": ["x"] * 120}).text.splitlines()
     statuses = [json.loads(line).get("error", {}).get("status") for line in lines]
     assert statuses == [None] * 50 + [503] * 50 + [None] * 20
+    assert json.loads(lines[50])["error"]["retry_after"] == 3
 
 
 # Everything else that is served

@@ -132,6 +132,22 @@ def test_a_batch_comes_in_order_with_its_errors_between(url: str) -> None:
             assert outcome.hits[0].passage.text == queries[i]
 
 
+def test_a_line_that_was_refused_says_when_to_come_back(backend: LocalBackend) -> None:
+    groups = iter(range(100))
+
+    def act(request: SearchRequest) -> None:
+        if next(groups) == 1:
+            raise BusyError("full", retry_seconds=6.2)
+
+    odd = Odd(backend, act)
+    with served(build_api(lambda: odd, CONFIG)) as url, Client(url) as client:
+        outcomes = list(client.search_batch(TEXTS[:1] * 65, k=1, explain=True))
+    assert isinstance(outcomes[0], SearchResult)
+    assert outcomes[0].took_ms["total"] > 0
+    assert isinstance(outcomes[64], BusyError)
+    assert outcomes[64].retry_seconds == 7
+
+
 def test_a_batch_may_be_left_early_and_the_client_used_again(url: str) -> None:
     with Client(url) as client:
         outcomes = client.search_batch(TEXTS * 10, k=1)
