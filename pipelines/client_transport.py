@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from time import monotonic, sleep
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from pipelines.errors import (
     AccessError,
@@ -27,17 +27,16 @@ _REFUSALS: dict[int, type[PinakesError]] = {401: AccessError, 403: AccessError, 
 
 
 class Transport:
-    """The connections to the server at `url`; threads may share them. timeout: seconds for a request and its tries."""
+    """The connections to the server at `url`; threads may share them. timeout: seconds for a request and its tries.
+
+    Raises ConfigError for what is no address of a server, or no key; a key is never repeated.
+    """
 
     def __init__(self, url: str, key: str | None, timeout: float) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError("this is no address of a server", where=url, expected="http://HOST:PORT or https://HOST")
-        self.url, self.timeout = url.rstrip("/"), timeout
-        self._kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._host, self._port, self._prefix = parts.hostname, parts.port, parts.path.rstrip("/")
+        self._kind, self._host, self._port, self._prefix = _address(url)
+        self.url, self.timeout = url.strip().rstrip("/"), timeout
         self._headers = {"Accept": "application/json, application/x-ndjson"}
-        self._headers |= {"Authorization": f"Bearer {key}"} if key else {}
+        self._headers |= {"Authorization": f"Bearer {checked}"} if (checked := _checked_key(key)) else {}
         self._idle: list[http.client.HTTPConnection] = []
         self._lock = threading.Lock()
 
@@ -138,6 +137,29 @@ class Transport:
         if isinstance(error, ssl.SSLCertVerificationError):
             hint = "name its authority's certificates by SSL_CERT_FILE, if the server is the one that you mean"
         return ServiceError(f"the server does not answer: {error}", where=self.url + path, hint=hint)
+
+
+def _address(url: str) -> tuple[type[http.client.HTTPConnection], str, int | None, str]:
+    """Return the kind of connection, host, port and path of an address."""
+    refusal = ConfigError("this is no address of a server", where=url, expected="http://HOST:PORT or https://HOST")
+    try:
+        parts = urlsplit(url.strip())
+        host, port = parts.hostname or "", parts.port
+        if parts.scheme not in ("http", "https") or not host.encode("idna") or not host.isprintable() or " " in host:
+            raise refusal
+    except ValueError:  # of the port, the brackets, or a name that is too long
+        raise refusal from None
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    return kind, host, port, quote(parts.path.rstrip("/"), safe="/%:@!$&'()*+,;=")
+
+
+def _checked_key(key: str | None) -> str:
+    """Return a key without the blanks around it, as files hold them; none as an empty one."""
+    key = (key or "").strip()
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        hint = "copy it again as `pinakes keys create` printed it"
+        raise ConfigError("the API key holds a character that no key has", expected="pk_…, in one line", hint=hint)
+    return key
 
 
 def refused(problem: Mapping[str, Any], where: str, headers: Any = None) -> PinakesError:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import format_exception
 from typing import Any
 
 import pytest
@@ -219,6 +220,7 @@ def test_the_command_asks_a_server(url: str) -> None:
     assert "no reranker" in pinakes("search", "x", "--url", url, "--with", "rerank", code=2)
     assert "no stage" in pinakes("search", "x", "--url", url, "--with", "magic", code=2)
     assert "does not answer" in pinakes("search", "x", "--url", "http://127.0.0.1:9", code=8)
+    assert "no address of a server" in pinakes("search", "x", "--url", "http://127.0.0.1:abc", code=2)
 
 
 # Busy, broken, slow
@@ -313,10 +315,32 @@ def test_a_server_that_is_silent_is_left_in_time() -> None:
     assert Client("http://127.0.0.1:9").ready() is False
 
 
-@pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://x", "http://", "file:///etc/passwd"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("", "localhost:8000", "ftp://x", "http://", "file:///etc/passwd", "http://x:abc", "http://x:99999"),
+        *("http://[::1", "http://a b:1", f"http://{'a' * 64}.org", "http://a..b"),
+    ],
+)
 def test_what_is_no_address_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="no address"):
         Client(url)
+
+
+@pytest.mark.parametrize("key", ["pk_1–secret", "pk_1\nsecret", "pk_1 secret", "pk_1\x00secret"])
+def test_what_is_no_key_is_refused_without_repeating_it(key: str, url: str) -> None:
+    with pytest.raises(ConfigError, match="the API key") as caught:
+        Client("http://x", key)
+    assert "secret" not in "".join(format_exception(caught.value))
+    told = pinakes("search", "x", "--url", url, "--key", key, code=2) if "\0" not in key else ""
+    assert "secret" not in told
+
+
+def test_blanks_around_a_key_and_an_address_are_left_out() -> None:
+    with scripted(reply(200, answered("one"), "Connection: close")) as (url, asked):
+        assert Client(f" {url}/ä b/\n", "pk_1_x\n").search("x").hits
+    assert asked[0].startswith(b"POST /%C3%A4%20b/search ")
+    assert b"Authorization: Bearer pk_1_x\r\n" in asked[0]
 
 
 def test_a_shut_gate_is_a_quality_error() -> None:
