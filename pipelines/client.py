@@ -5,7 +5,8 @@
             print(hit.score, hit.passage.title)
 
 Connections stay open between requests, and threads may share a client. A server that is too busy (429, 503) is asked
-again when it said so, as long as that fits into `timeout`; and one that dropped an idle connection at once.
+again when it said so, as long as that fits into `timeout`; and one that dropped an idle connection at once. Requests to
+/admin/ are sent once.
 """
 
 from __future__ import annotations

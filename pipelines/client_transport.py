@@ -23,6 +23,8 @@ from pipelines.errors import (
     ServiceError,
 )
 
+_ONCE = "/admin/"
+"""Paths whose requests are sent once: a rollback that was done, and whose answer was lost, must not be done again."""
 _REFUSALS: dict[int, type[PinakesError]] = {401: AccessError, 403: AccessError, 404: ArtifactError, 409: QualityError}
 
 
@@ -70,7 +72,7 @@ class Transport:
     def _open(
         self, method: str, path: str, content: Mapping[str, Any] | None
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
-        """Return a good answer with its body unread, after as many tries as the time allows."""
+        """Return a good answer with its body unread, after as many tries as the time and the path allow."""
         body = None if content is None else json.dumps(content).encode()
         deadline, tries = monotonic() + self.timeout, 0
         while True:
@@ -79,6 +81,8 @@ class Transport:
                 return connection, response
             error = self._refusal(path, response)
             self._keep(connection, response)
+            if path.startswith(_ONCE):
+                raise error
             # A little later than was said, and not at the same moment as everybody else who was told so.
             tries += 1
             wait = max(getattr(error, "retry_seconds", 0.0), 0.05 * 2**tries) * (1 + random.random() / 4)
@@ -92,7 +96,7 @@ class Transport:
         headers = {**self._headers, **({} if body is None else {"Content-Type": "application/json"})}
         while True:
             with self._lock:
-                connection = self._idle.pop() if self._idle else None
+                connection = self._idle.pop() if self._idle and not path.startswith(_ONCE) else None
             fresh = connection is None
             connection = connection or self._kind(self._host, self._port)
             connection.timeout = max(0.001, deadline - monotonic())

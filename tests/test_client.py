@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from traceback import format_exception
 from typing import Any
@@ -267,6 +268,40 @@ def test_an_idle_connection_that_was_dropped_is_replaced() -> None:
     with scripted(reply(200, answered("one")), reply(200, answered("two"))) as (url, asked), Client(url) as client:
         assert [client.search("x").hits[0].passage.text for _ in range(2)] == ["one", "two"]
     assert len(asked) == 2
+
+
+def test_a_switch_is_not_asked_for_again_when_its_answer_is_lost() -> None:
+    asked: list[str] = []
+
+    class Forgetful(BaseHTTPRequestHandler):
+        """Answer the first request of a connection; read any other, and drop the connection."""
+
+        protocol_version, answers = "HTTP/1.1", True
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            asked.append(self.path)
+            if self.answers:
+                self.wfile.write(reply(200, answered("one")))
+            self.close_connection, self.answers = not self.answers, False
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Forgetful) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with Client(f"http://127.0.0.1:{server.server_port}") as client:
+            for path in ("/search", "/admin/rollback", "/search"):
+                client.ask("POST", path, {})
+        server.shutdown()
+    assert asked.count("/admin/rollback") == 1
+
+
+def test_a_switch_that_was_refused_is_not_asked_for_again(waits: list[float]) -> None:
+    with (
+        scripted(reply(503, b"{}", "Retry-After: 1", "Connection: close")) as (url, asked),
+        Client(url) as client,
+        pytest.raises(BusyError),
+    ):
+        client.ask("POST", "/admin/promote", {})
+    assert (len(asked), waits) == (1, [])
 
 
 def test_a_batch_that_breaks_off_is_asked_for_from_there_on() -> None:
