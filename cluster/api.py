@@ -49,7 +49,7 @@ __all__ = ["Backend", "SearchRequest", "build_api", "found_json", "key_file"]
 
 Name = Annotated[str | None, Query(pattern=NAME_PATTERN)]
 PathName = Annotated[str, Path(pattern=NAME_PATTERN)]
-_MAX_TOLD = 10
+_MAX_TOLD, _MAX_TOLD_CHARS = 10, 200  # problems of a body, and characters of each
 # A report is a file of the root, drawn by whoever built the version: it may look as it likes, but run nothing.
 _REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox; frame-ancestors 'none'"
 
@@ -280,8 +280,8 @@ async def _refuse(request: Request, error: PinakesError) -> Response:
 
 
 async def _invalid(request: Request, error: RequestValidationError) -> Response:
-    told = "; ".join(f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors()[:_MAX_TOLD])
-    return _answer(request, Problem(422, told, "invalid"))
+    told = (f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors()[:_MAX_TOLD])
+    return _answer(request, Problem(422, "; ".join(problem[:_MAX_TOLD_CHARS] for problem in told), "invalid"))
 
 
 async def _http(request: Request, error: HTTPException) -> Response:

@@ -97,6 +97,7 @@ def _tell_limits(schemas: dict[str, Any], config: ServeConfig) -> None:
     batch["properties"]["queries"]["maxItems"] = config.max_stream
     for schema in (search, batch):
         schema["properties"]["k"]["maximum"] = config.max_k
+    search["properties"]["k"]["description"] += f" Queries times `k` is at most {config.max_hits}."
 
 
 def _operations(told: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:

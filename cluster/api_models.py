@@ -9,7 +9,7 @@ Answers leave the server as plain dicts that are encoded once; their models here
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pipelines.config import ServeConfig
 from pipelines.errors import ConfigError
@@ -22,11 +22,25 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 Text = Annotated[str, Field(min_length=1)]
 NameText = Annotated[str, Field(pattern=NAME_PATTERN)]
 
+_MOST_UNKNOWN = 10  # fields in one body that are looked at
 
-class _Options(BaseModel):
-    """How to search, for one query and for many."""
+
+class _Asked(BaseModel):
+    """What a body may hold. Checking stops where a body is plainly wrong: every problem told costs a microsecond and a
+    kilobyte, and a body has room for a million of them."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_unknown(cls, content: Any) -> Any:
+        if isinstance(content, dict) and len(content) > len(cls.model_fields) + _MOST_UNKNOWN:
+            raise ValueError(f"{len(content)} fields, of which at most {len(cls.model_fields)} are known")
+        return content
+
+
+class _Options(_Asked):
+    """How to search, for one query and for many."""
 
     k: int = Field(10, ge=1, description="Hits for each query; at most the number of passages.")
     alias: NameText | None = Field(None, description="Which index to search; the first one served by default.")
@@ -49,10 +63,13 @@ class SearchRequest(_Options):
     """What to search for: `query`, or `queries` for a batch."""
 
     query: Text | None = Field(None, description="One query.", examples=["who invented the telephone"])
-    queries: list[Text] | None = Field(None, min_length=1, description="A batch of queries, answered in `results`.")
+    queries: list[Text] | None = Field(
+        None, min_length=1, fail_fast=True, description="A batch of queries, answered in `results`."
+    )
 
     def texts(self, config: ServeConfig) -> list[str]:
-        """Return the queries. Raises ConfigError when there are none, both forms, too many or too long ones."""
+        """Return the queries. Raises ConfigError when there are none, both forms, too many or too long ones, or when
+        they ask for too many hits."""
         if (self.query is None) == (self.queries is None):
             raise ConfigError("give either `query` or `queries`", expected="exactly one of them")
         texts = [self.query] if self.query is not None else list(self.queries or [])
@@ -61,13 +78,18 @@ class SearchRequest(_Options):
         for text in texts:
             check_query(text, config)
         self.check(config)
+        if (num_hits := len(texts) * self.k) > config.max_hits:
+            what = f"{len(texts)} queries with k {self.k} ask for {num_hits} hits"
+            raise ConfigError(what, expected=f"at most {config.max_hits} in one answer")
         return texts
 
 
 class BatchRequest(_Options):
     """Many queries, answered one a line and in order."""
 
-    queries: list[str] = Field(min_length=1, description="One that is blank or too long gets a line that says so.")
+    queries: list[str] = Field(
+        min_length=1, fail_fast=True, description="One that is blank or too long gets a line that says so."
+    )
     budget_ms: int | None = Field(None, ge=1, description="Time for each group of queries that are encoded together.")
 
     def check(self, config: ServeConfig) -> None:
@@ -145,10 +167,17 @@ class ProblemModel(BaseModel):
     instance: str
 
 
+class LineProblemModel(ProblemModel):
+    """What one query of a batch came to. retry_after: seconds after which it may do better (429 and 503)."""
+
+    retry_after: int | None = None
+
+
 class BatchLine(BaseModel):
     """One line of a batch: an answer as of POST /search, or the `error` that this query alone came to.
 
-    index: position of the query in `queries`.
+    index: position of the query in `queries`. took_ms: with `explain`, of the queries that were searched together with
+    this one.
     """
 
     index: int
@@ -160,8 +189,9 @@ class BatchLine(BaseModel):
     missing_shards: list[int] | None = None
     hits: list[HitModel] | None = None
     answers: list[AnswerModel] | None = None
+    took_ms: dict[str, float] | None = None
     explain: dict[str, Any] | None = None
-    error: ProblemModel | None = None
+    error: LineProblemModel | None = None
 
 
 class VersionFacts(BaseModel):
@@ -216,18 +246,16 @@ class AliasMoved(BaseModel):
     previous: str | None
 
 
-class PromoteRequest(BaseModel):
+class PromoteRequest(_Asked):
     """Which version an alias shall point to."""
-
-    model_config = ConfigDict(extra="forbid")
 
     alias: NameText
     version: NameText
     force: bool = Field(False, description="Switch even to a version whose quality is below the current one's.")
 
 
-class RollbackRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class RollbackRequest(_Asked):
+    """Which alias shall point back to the version before."""
 
     alias: NameText
 

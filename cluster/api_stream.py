@@ -6,6 +6,7 @@ switch in the middle does not mix two vector spaces in one batch.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
@@ -32,15 +33,18 @@ class Batch:
         self, request: BatchRequest, config: ServeConfig, call: Call, search: Any, note: Callable[..., None]
     ) -> None:
         self.request, self.config, self.call, self._search, self._note = request, config, call, search, note
-        self.size = min(GROUP, config.max_batch)
+        self.size = min(GROUP, config.max_batch, config.max_hits // request.k)
         self.version = request.version
 
     async def start(self) -> list[Outcome]:
-        """Return the outcomes of the first group. Raises what they all came to, if that is one and the same error:
-        an alias that does not exist, say, is told by the status of the whole request."""
+        """Return the outcomes of the first group. Raises what they all came to, if that is one and the same error of
+        the search: an alias that does not exist, say, is told by the status of the whole request. Queries that are no
+        good have a line each, unless there are no others."""
         first = await self._group(0)
         problems = [outcome for outcome in first if isinstance(outcome, Problem)]
-        if len(problems) == len(first) and len({(p.status, p.detail) for p in problems}) == 1:
+        alike = len(problems) == len(first) and len({(p.status, p.detail) for p in problems}) == 1
+        good = [self._fault(text) is None for text in self.request.queries]
+        if alike and (any(good[: self.size]) or not any(good)):
             raise problems[0]
         return first
 
@@ -51,20 +55,27 @@ class Batch:
             yield b"".join(self._line(start + i, outcome) for i, outcome in enumerate(outcomes))
 
     def _line(self, index: int, outcome: Outcome) -> bytes:
-        told = {"error": outcome.content(self.call.request_id)} if isinstance(outcome, Problem) else outcome
+        told = {"error": self._error(outcome)} if isinstance(outcome, Problem) else outcome
         return to_json({"index": index, **told}) + b"\n"
 
+    def _error(self, problem: Problem) -> dict[str, Any]:
+        """Return a problem's JSON with when to come back: a line has no header to say it."""
+        after = {"retry_after": math.ceil(problem.retry_seconds)} if problem.retry_seconds else {}
+        return {**problem.content(self.call.request_id), **after}
+
     async def _group(self, start: int) -> list[Outcome]:
-        outcomes: dict[int, Outcome] = {}
-        for i, text in enumerate(self.request.queries[start : start + self.size]):
-            try:
-                check_query(text, self.config)
-            except PinakesError as error:
-                outcomes[i] = of_error(error)
-        asked = [i for i in range(len(self.request.queries[start : start + self.size])) if i not in outcomes]
-        answers = await self._ask([self.request.queries[start + i] for i in asked])
-        outcomes.update(zip(asked, answers, strict=True))
-        return [outcomes[i] for i in sorted(outcomes)]
+        texts = self.request.queries[start : start + self.size]
+        faults = [self._fault(text) for text in texts]
+        answers = iter(await self._ask([text for text, fault in zip(texts, faults, strict=True) if fault is None]))
+        return [next(answers) if fault is None else fault for fault in faults]
+
+    def _fault(self, text: str) -> Problem | None:
+        """Return what is wrong with a query by itself."""
+        try:
+            check_query(text, self.config)
+        except PinakesError as error:
+            return of_error(error)
+        return None
 
     async def _ask(self, texts: Sequence[str]) -> list[Outcome]:
         """Return the answer to each query. When they fail together each is tried alone, so that one does not spoil
@@ -91,7 +102,8 @@ class Batch:
         answer = await self._search(group, time.monotonic() + budget_ms / 1000)
         self._note(answer, group)
         self.version = answer["version"]
-        names = ("alias", "version", "encoder", "complete", "skipped", "missing_shards", "explain")
+        names = ["alias", "version", "encoder", "complete", "skipped", "missing_shards", "explain"]
+        names += ["took_ms"] if self.request.explain else []
         shared = {name: answer[name] for name in names if name in answer}
         read = answer.get("results_answers")
         more = [{"answers": few} for few in read] if read is not None else [{}] * len(answer["results"])

@@ -5,7 +5,8 @@
             print(hit.score, hit.passage.title)
 
 Connections stay open between requests, and threads may share a client. A server that is too busy (429, 503) is asked
-again when it said so, as long as that fits into `timeout`; and one that dropped an idle connection at once.
+again when it said so, as long as that fits into `timeout`; and one that dropped an idle connection at once. Requests to
+/admin/ are sent once.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class FoundAnswer:
 @dataclass(frozen=True)
 class SearchResult:
     """What one query found. complete: False where `skipped` names stages, or `missing_shards` shards, that were too
-    slow. took_ms: of the server's stages; empty in a batch. answers: None unless asked for."""
+    slow. took_ms: of the server's stages; in a batch only with explain, for those searched together.
+    answers: None unless asked for."""
 
     alias: str
     version: str

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from time import monotonic, sleep
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from pipelines.errors import (
     AccessError,
@@ -23,21 +23,22 @@ from pipelines.errors import (
     ServiceError,
 )
 
+_ONCE = "/admin/"
+"""Paths whose requests are sent once: a rollback that was done, and whose answer was lost, must not be done again."""
 _REFUSALS: dict[int, type[PinakesError]] = {401: AccessError, 403: AccessError, 404: ArtifactError, 409: QualityError}
 
 
 class Transport:
-    """The connections to the server at `url`; threads may share them. timeout: seconds for a request and its tries."""
+    """The connections to the server at `url`; threads may share them. timeout: seconds for a request and its tries.
+
+    Raises ConfigError for what is no address of a server, or no key; a key is never repeated.
+    """
 
     def __init__(self, url: str, key: str | None, timeout: float) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError("this is no address of a server", where=url, expected="http://HOST:PORT or https://HOST")
-        self.url, self.timeout = url.rstrip("/"), timeout
-        self._kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._host, self._port, self._prefix = parts.hostname, parts.port, parts.path.rstrip("/")
+        self._kind, self._host, self._port, self._prefix = _address(url)
+        self.url, self.timeout = url.strip().rstrip("/"), timeout
         self._headers = {"Accept": "application/json, application/x-ndjson"}
-        self._headers |= {"Authorization": f"Bearer {key}"} if key else {}
+        self._headers |= {"Authorization": f"Bearer {checked}"} if (checked := _checked_key(key)) else {}
         self._idle: list[http.client.HTTPConnection] = []
         self._lock = threading.Lock()
 
@@ -71,7 +72,7 @@ class Transport:
     def _open(
         self, method: str, path: str, content: Mapping[str, Any] | None
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
-        """Return a good answer with its body unread, after as many tries as the time allows."""
+        """Return a good answer with its body unread, after as many tries as the time and the path allow."""
         body = None if content is None else json.dumps(content).encode()
         deadline, tries = monotonic() + self.timeout, 0
         while True:
@@ -80,6 +81,8 @@ class Transport:
                 return connection, response
             error = self._refusal(path, response)
             self._keep(connection, response)
+            if path.startswith(_ONCE):
+                raise error
             # A little later than was said, and not at the same moment as everybody else who was told so.
             tries += 1
             wait = max(getattr(error, "retry_seconds", 0.0), 0.05 * 2**tries) * (1 + random.random() / 4)
@@ -93,7 +96,7 @@ class Transport:
         headers = {**self._headers, **({} if body is None else {"Content-Type": "application/json"})}
         while True:
             with self._lock:
-                connection = self._idle.pop() if self._idle else None
+                connection = self._idle.pop() if self._idle and not path.startswith(_ONCE) else None
             fresh = connection is None
             connection = connection or self._kind(self._host, self._port)
             connection.timeout = max(0.001, deadline - monotonic())
@@ -140,13 +143,36 @@ class Transport:
         return ServiceError(f"the server does not answer: {error}", where=self.url + path, hint=hint)
 
 
+def _address(url: str) -> tuple[type[http.client.HTTPConnection], str, int | None, str]:
+    """Return the kind of connection, host, port and path of an address."""
+    refusal = ConfigError("this is no address of a server", where=url, expected="http://HOST:PORT or https://HOST")
+    try:
+        parts = urlsplit(url.strip())
+        host, port = parts.hostname or "", parts.port
+        if parts.scheme not in ("http", "https") or not host.encode("idna") or not host.isprintable() or " " in host:
+            raise refusal
+    except ValueError:  # of the port, the brackets, or a name that is too long
+        raise refusal from None
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    return kind, host, port, quote(parts.path.rstrip("/"), safe="/%:@!$&'()*+,;=")
+
+
+def _checked_key(key: str | None) -> str:
+    """Return a key without the blanks around it, as files hold them; none as an empty one."""
+    key = (key or "").strip()
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        hint = "copy it again as `pinakes keys create` printed it"
+        raise ConfigError("the API key holds a character that no key has", expected="pk_…, in one line", hint=hint)
+    return key
+
+
 def refused(problem: Mapping[str, Any], where: str, headers: Any = None) -> PinakesError:
     """Return the error that a problem's JSON stands for."""
     status, what = int(problem["status"]), str(problem.get("detail", "it did not say why"))
     request = str(problem.get("instance", "")).rpartition(":")[2]
     told = {"where": where, "hint": f"the server's log knows it as request {request}" if request else ""}
     if status in (429, 503):
-        after = (headers.get("Retry-After") if headers else None) or "1"
+        after = str((headers or {}).get("Retry-After") or problem.get("retry_after") or 1)
         return BusyError(what, retry_seconds=float(after) if after.isdecimal() else 1.0, status=status, **told)
     if status in _REFUSALS:
         return _REFUSALS[status](what, **told)

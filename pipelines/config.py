@@ -241,9 +241,13 @@ class ServeConfig(Strict):
     """How often a replica looks whether an alias was moved."""
     max_k: int = Field(default=1000, ge=1)
     max_batch: int = Field(default=256, ge=1)
+    max_hits: int = Field(default=30_000, ge=1)
+    """Hits in one answer, queries times k: 30,000 passages of a hundred words are some 20 MB. POST /search/batch
+    searches no more queries at a time than keep to it."""
     max_query_chars: int = Field(default=10_000, ge=1)
     max_stream: int = Field(default=10_000, ge=1)
-    """Queries in one POST /search/batch."""
+    """Queries in one POST /search/batch. Ray Serve's Python proxy takes lines faster than a slow reader does, and keeps
+    them in memory; HAProxy does not."""
     max_body_bytes: int = Field(default=4 << 20, ge=1024)
     require_key: bool = False
     """Answer only callers with an API key of the scope `search`; needed wherever others can reach the port."""
@@ -265,6 +269,12 @@ class ServeConfig(Strict):
     """With a GPU, or a share of one, the reranker and the reader compute there."""
     budget_ms: int = Field(default=30_000, ge=1)
     """Time that a request may spend; a stage that no longer fits is left out and named in the answer."""
+
+    @model_validator(mode="after")
+    def _one_query_fits(self) -> ServeConfig:
+        if self.max_k > self.max_hits:
+            raise ValueError(f"max_k is {self.max_k}, more than max_hits ({self.max_hits}): raise max_hits, too")
+        return self
 
     @model_validator(mode="after")
     def _gpus_where_shards_are(self) -> ServeConfig:

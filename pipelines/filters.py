@@ -12,9 +12,11 @@ All conditions of an object have to hold. A passage without the field satisfies 
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -39,7 +41,8 @@ _EXPECTED = {
     "int": "a whole number of 64 bits",
     "float": "a finite number",
 }
-_MOST_TERMS, _MOST_VALUES, _DEEPEST = 64, 10_000, 4
+_MOST_TERMS, _MOST_VALUES, _MOST_CHARS, _DEEPEST = 64, 10_000, 500_000, 4
+_LONGEST_NAME = 100  # of a field, as configs take it
 _LEAST_INT, _MOST_INT = -(2**63), 2**63 - 1
 
 
@@ -60,9 +63,14 @@ class AnyOf:
 
 @dataclass(frozen=True)
 class Filter:
-    """A checked filter: all terms have to hold. It hashes and pickles, so that it keys a cache and goes to a shard."""
+    """A checked filter: all terms have to hold. It hashes and pickles, so that it keys a batch and goes to a shard."""
 
     terms: tuple[Condition | AnyOf, ...]
+
+    @cached_property
+    def digest(self) -> bytes:
+        """Return what stands for this filter in a cache: as short for a filter of many long values as for any other."""
+        return hashlib.sha256(repr(self.terms).encode()).digest()
 
 
 def fields_of(schema: pa.Schema) -> dict[str, str]:
@@ -87,20 +95,26 @@ class _Parser:
 
     def __init__(self, fields: Mapping[str, str]) -> None:
         self.fields = fields
-        self.num_terms = self.num_values = 0
+        self.num_terms = self.num_values = self.num_chars = 0
 
     def filter(self, content: Any, depth: int) -> Filter:
         if not isinstance(content, dict):
             raise _refused(f"it holds {_shown(content)}", "an object of conditions")
         if depth > _DEEPEST:
             raise _refused("`any` is nested too deeply", f"at most {_DEEPEST} levels")
+        self._count(terms=max(1, len(content)))  # an empty one is work, too
         terms: list[Condition | AnyOf] = []
         for name, wanted in content.items():
             terms += [self._any(wanted, depth)] if name == _ANY else self._conditions(name, wanted)
-            self.num_terms += 1
-        if self.num_terms > _MOST_TERMS or self.num_values > _MOST_VALUES:
-            raise _refused("it is too long", f"at most {_MOST_TERMS} conditions and {_MOST_VALUES:,} values")
         return Filter(tuple(terms))
+
+    def _count(self, terms: int = 0, values: int = 0, chars: int = 0) -> None:
+        """Count what is about to be read. Raises ConfigError when that makes too much."""
+        self.num_terms, self.num_values = self.num_terms + terms, self.num_values + values
+        self.num_chars += chars
+        if self.num_terms > _MOST_TERMS or self.num_values > _MOST_VALUES or self.num_chars > _MOST_CHARS:
+            most = f"{_MOST_TERMS} conditions, {_MOST_VALUES:,} values and {_MOST_CHARS:,} characters in them"
+            raise _refused("it is too long", f"at most {most}")
 
     def _any(self, content: Any, depth: int) -> AnyOf:
         if not isinstance(content, list) or not content:
@@ -114,7 +128,7 @@ class _Parser:
         kind = self.fields[name]
         if not operations or not set(operations) <= set(_OPERATIONS[kind]):
             wrong = next((o for o in operations if o not in _OPERATIONS[kind]), "{}")
-            what = f"{wrong!r} is no operation on {name!r} ({kind})"
+            what = f"{_shown(wrong)} is no operation on {name!r} ({kind})"
             raise _refused(what, "one of " + ", ".join(_OPERATIONS[kind]))
         return [Condition(name, kind, o, self._values(name, kind, o, value)) for o, value in operations.items()]
 
@@ -124,7 +138,7 @@ class _Parser:
         if operation == "in" and not isinstance(value, list):
             raise _refused(f"`in` of {name!r} is {_shown(value)}", "a list of values")
         values = value if operation == "in" else [value]
-        self.num_values += len(values)
+        self._count(values=len(values), chars=sum(len(v) for v in values if isinstance(v, str)))
         return tuple(_checked(name, kind, v) for v in values)
 
 
@@ -147,7 +161,7 @@ def _unknown(name: str, fields: Mapping[str, str]) -> ConfigError:
     if not fields:
         hint = "list fields under corpus.metadata in the config, and build a version from it"
         return ConfigError("this version carries no metadata to filter by", where="filter", hint=hint)
-    guess = nearest(name, fields)
+    guess = nearest(name[:_LONGEST_NAME], fields)
     what = f"the filter names an unknown field {_shown(name)}" + (f"; did you mean {guess!r}?" if guess else "")
     return ConfigError(what, where="filter", expected="one of " + ", ".join(f"{n} ({t})" for n, t in fields.items()))
 

@@ -93,7 +93,7 @@ class LocalShard:
             fits_N[self.unfit - self.first_row] = False
             return select(self.index, fits_N, self.first_row)
 
-        return _selections.get((*self._key, where), make)
+        return _selections.get((*self._key, where.digest), make)
 
 
 def search_without(

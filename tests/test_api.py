@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,6 +115,16 @@ def test_a_version_may_be_named(client: TestClient, backend: LocalBackend) -> No
     assert "no version" in problem(unknown, 404)
 
 
+def test_lines_of_a_batch_are_explained_with_their_times(client: TestClient) -> None:
+    for explain in (True, False):
+        lines = client.post("/search/batch", json={"queries": TEXTS[:3], "explain": explain}).text.splitlines()
+        told = [json.loads(line) for line in lines]
+        assert [set(line.get("took_ms", {})) for line in told] == [
+            {"encode", "search", "fetch", "total"} if explain else set()
+        ] * 3
+        assert all(("explain" in line) is explain for line in told)
+
+
 def test_reranked_hits_carry_both_scores(client: TestClient, backend: LocalBackend, local_root: str) -> None:
     hits = Retriever.open(local_root, "cats").search([TEXTS[3]], 50)[0]
     expected = rerank(backend.reranker, TEXTS[3], hits, 50)[:5]
@@ -142,6 +153,12 @@ def test_what_a_whole_batch_comes_to_is_its_status(client: TestClient) -> None:
     assert "k is 51" in problem(client.post("/search/batch", json={"queries": ["x"], "k": 51}), 422)
     assert "10001 queries" in problem(client.post("/search/batch", json={"queries": ["x"] * 10_001}), 422)
     assert "no reader" in problem(client.post("/search/batch", json={"queries": ["x", "y"], "answer": True}), 422)
+
+
+def test_bad_queries_at_the_start_do_not_refuse_the_others(client: TestClient) -> None:
+    lines = client.post("/search/batch", json={"queries": [" "] * GROUP + TEXTS[:1], "k": 1}).text.splitlines()
+    assert [json.loads(line).get("error", {}).get("status") for line in lines] == [422] * GROUP + [None]
+    assert "blank" in problem(client.post("/search/batch", json={"queries": [" "] * (GROUP + 1)}), 422)
 
 
 def test_a_poisonous_query_costs_its_own_line_alone(backend: LocalBackend) -> None:
@@ -186,6 +203,7 @@ def test_a_server_too_busy_for_a_later_group_says_so_in_its_lines(backend: Local
     lines = served(Odd(backend, act)).post("/search/batch", json={"queries": ["x"] * 120}).text.splitlines()
     statuses = [json.loads(line).get("error", {}).get("status") for line in lines]
     assert statuses == [None] * 50 + [503] * 50 + [None] * 20
+    assert json.loads(lines[50])["error"]["retry_after"] == 3
 
 
 # Everything else that is served
@@ -283,6 +301,44 @@ def test_bad_requests_are_explained(client: TestClient, body: Any, status: int, 
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     response = client.post("/search", content=content, headers={"Content-Type": "application/json"})
     assert message in problem(response, status)
+
+
+@pytest.mark.parametrize("path", ["/search", "/search/batch"])
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"queries": [0] * 200_000}, "queries.0: "),
+        ({str(i): i for i in range(100_000)}, "100000 fields"),
+        ({"x" * 1_000_000: 1}, "body.xxx"),
+    ],
+)
+def test_a_body_full_of_mistakes_is_refused_at_the_first(
+    client: TestClient, path: str, body: dict[str, Any], message: str
+) -> None:
+    content = json.dumps(body)
+    tracemalloc.start()
+    response = client.post(path, content=content, headers={"Content-Type": "application/json"})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    told = problem(response, 422)
+    assert message in told
+    assert len(told) < 1000
+    assert peak < 30 * len(content)
+
+
+def test_hits_of_one_answer_are_limited_and_streams_search_fewer_at_a_time(local_root: str) -> None:
+    config = ServeConfig(**{**SETTINGS, "max_hits": 100})
+    asked: list[int] = []
+    odd = Odd(LocalBackend(local_root, ["cats"], config), lambda request: asked.append(len(request.queries or [])))
+    client = served(odd)
+    assert client.post("/search", json={"queries": TEXTS[:5], "k": 20}).status_code == 200
+    refused = problem(client.post("/search", json={"queries": TEXTS[:5], "k": 21}), 422)
+    assert refused == "5 queries with k 21 ask for 105 hits; expected at most 100 in one answer"
+    for k, sizes in ((50, [2, 2, 1]), (30, [3, 2])):
+        asked.clear()
+        lines = client.post("/search/batch", json={"queries": TEXTS[:5], "k": k}).text.splitlines()
+        assert [len(json.loads(line)["hits"]) for line in lines] == [k] * 5
+        assert asked == sizes
 
 
 def test_other_methods_and_kinds_of_bodies_are_refused(client: TestClient) -> None:

@@ -8,7 +8,9 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from traceback import format_exception
 from typing import Any
 
 import pytest
@@ -132,6 +134,22 @@ def test_a_batch_comes_in_order_with_its_errors_between(url: str) -> None:
             assert outcome.hits[0].passage.text == queries[i]
 
 
+def test_a_line_that_was_refused_says_when_to_come_back(backend: LocalBackend) -> None:
+    groups = iter(range(100))
+
+    def act(request: SearchRequest) -> None:
+        if next(groups) == 1:
+            raise BusyError("full", retry_seconds=6.2)
+
+    odd = Odd(backend, act)
+    with served(build_api(lambda: odd, CONFIG)) as url, Client(url) as client:
+        outcomes = list(client.search_batch(TEXTS[:1] * 65, k=1, explain=True))
+    assert isinstance(outcomes[0], SearchResult)
+    assert outcomes[0].took_ms["total"] > 0
+    assert isinstance(outcomes[64], BusyError)
+    assert outcomes[64].retry_seconds == 7
+
+
 def test_a_batch_may_be_left_early_and_the_client_used_again(url: str) -> None:
     with Client(url) as client:
         outcomes = client.search_batch(TEXTS * 10, k=1)
@@ -203,6 +221,7 @@ def test_the_command_asks_a_server(url: str) -> None:
     assert "no reranker" in pinakes("search", "x", "--url", url, "--with", "rerank", code=2)
     assert "no stage" in pinakes("search", "x", "--url", url, "--with", "magic", code=2)
     assert "does not answer" in pinakes("search", "x", "--url", "http://127.0.0.1:9", code=8)
+    assert "no address of a server" in pinakes("search", "x", "--url", "http://127.0.0.1:abc", code=2)
 
 
 # Busy, broken, slow
@@ -251,6 +270,40 @@ def test_an_idle_connection_that_was_dropped_is_replaced() -> None:
     assert len(asked) == 2
 
 
+def test_a_switch_is_not_asked_for_again_when_its_answer_is_lost() -> None:
+    asked: list[str] = []
+
+    class Forgetful(BaseHTTPRequestHandler):
+        """Answer the first request of a connection; read any other, and drop the connection."""
+
+        protocol_version, answers = "HTTP/1.1", True
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            asked.append(self.path)
+            if self.answers:
+                self.wfile.write(reply(200, answered("one")))
+            self.close_connection, self.answers = not self.answers, False
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Forgetful) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with Client(f"http://127.0.0.1:{server.server_port}") as client:
+            for path in ("/search", "/admin/rollback", "/search"):
+                client.ask("POST", path, {})
+        server.shutdown()
+    assert asked.count("/admin/rollback") == 1
+
+
+def test_a_switch_that_was_refused_is_not_asked_for_again(waits: list[float]) -> None:
+    with (
+        scripted(reply(503, b"{}", "Retry-After: 1", "Connection: close")) as (url, asked),
+        Client(url) as client,
+        pytest.raises(BusyError),
+    ):
+        client.ask("POST", "/admin/promote", {})
+    assert (len(asked), waits) == (1, [])
+
+
 def test_a_batch_that_breaks_off_is_asked_for_from_there_on() -> None:
     lines = [json.dumps({"index": i, **json.loads(answered(f"text {i}"))}).encode() + b"\n" for i in range(3)]
     head = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -297,10 +350,32 @@ def test_a_server_that_is_silent_is_left_in_time() -> None:
     assert Client("http://127.0.0.1:9").ready() is False
 
 
-@pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://x", "http://", "file:///etc/passwd"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("", "localhost:8000", "ftp://x", "http://", "file:///etc/passwd", "http://x:abc", "http://x:99999"),
+        *("http://[::1", "http://a b:1", f"http://{'a' * 64}.org", "http://a..b"),
+    ],
+)
 def test_what_is_no_address_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="no address"):
         Client(url)
+
+
+@pytest.mark.parametrize("key", ["pk_1–secret", "pk_1\nsecret", "pk_1 secret", "pk_1\x00secret"])
+def test_what_is_no_key_is_refused_without_repeating_it(key: str, url: str) -> None:
+    with pytest.raises(ConfigError, match="the API key") as caught:
+        Client("http://x", key)
+    assert "secret" not in "".join(format_exception(caught.value))
+    told = pinakes("search", "x", "--url", url, "--key", key, code=2) if "\0" not in key else ""
+    assert "secret" not in told
+
+
+def test_blanks_around_a_key_and_an_address_are_left_out() -> None:
+    with scripted(reply(200, answered("one"), "Connection: close")) as (url, asked):
+        assert Client(f" {url}/ä b/\n", "pk_1_x\n").search("x").hits
+    assert asked[0].startswith(b"POST /%C3%A4%20b/search ")
+    assert b"Authorization: Bearer pk_1_x\r\n" in asked[0]
 
 
 def test_a_shut_gate_is_a_quality_error() -> None:

@@ -44,6 +44,7 @@ def test_overrides_reach_deep_keys(tmp_path: Path) -> None:
         (_GOOD, ["corpus.part_size=0"], "corpus.part_size: Input should be greater than or equal to 1"),
         (_GOOD, ["corpus.name='../x'"], "corpus.name"),
         (_GOOD, ["cluster.workers=[4, 1]"], "1 <= min <= max"),
+        (_GOOD, ["serve.max_k=40000"], "max_k is 40000, more than max_hits"),
         (_GOOD, ["noequals"], "cannot read the override"),
         (_GOOD, ["root.deep=1"], "root"),
         ("corpus: {sources: []}\nencoder: {checkpoint: a}", None, "corpus.sources"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from starlette.testclient import TestClient
 
 from cluster.api import build_api
-from pipelines import publish
+from pipelines import publish, retrieve
 from pipelines.config import ServeConfig
 from pipelines.filters import parse_filter
 from pipelines.manifest import read_manifest
@@ -91,6 +92,16 @@ def test_rows_that_could_not_be_encoded_do_not_come_back_through_a_filter(root: 
     assert found.tolist() == [*plain[2:].tolist(), -1, -1]
 
 
+def test_kept_selections_hold_no_filter(root: str) -> None:
+    shard, before = LocalShard(root, publish.read_version(root, "whole"), 0), set(retrieve._selections._kept)
+    where = [parse_filter({"lang": {"in": [letter * 400_000, "en"]}}, FIELDS) for letter in "abca"]
+    made = [shard.select(filter_) for filter_ in where if filter_]
+    assert (made[0] is made[3], made[0] is made[1]) == (True, False)
+    keys = set(retrieve._selections._kept) - before
+    assert len(keys) == 3
+    assert all(len(pickle.dumps(key)) < 1024 for key in keys)
+
+
 def test_http_filters_and_shows_metadata(client: TestClient, retrievers: dict[str, Retriever]) -> None:
     expected = by_brute_force(retrievers["whole"], SOME, 5)
     for alias in ("whole", "sharded"):
@@ -110,6 +121,7 @@ def test_http_filters_and_shows_metadata(client: TestClient, retrievers: dict[st
         ("whole", {"yaer": 1990}, "did you mean 'year'?; expected one of lang (string), year (int)"),
         ("whole", {"year": "1990"}, "'year' is compared with '1990'; expected a whole number"),
         ("whole", {"tags": {"gt": "a"}}, "'gt' is no operation on 'tags' (strings)"),
+        ("whole", {"lang": {"in": ["x" * 1_000_000]}}, "10,000 values and 500,000 characters"),
         ("whole", {"any": {}}, "`any` is {}; expected a list of filters"),
         ("bare", {"lang": "en"}, "carries no metadata"),
     ],

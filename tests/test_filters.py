@@ -119,7 +119,10 @@ def test_a_mask_is_what_plain_python_says(rows: list[dict[str, Any]], content: A
         ({"any": [{"lang": 1}]}, "compared with 1"),
         ({"any": [{"any": [{"any": [{"any": [{"any": [{}]}]}]}]}]}, "nested too deeply"),
         ({"any": [{"lang": "x"}] * 65}, "too long"),
+        ({"any": [{}] * 65}, "too long"),
         ({"year": {"in": list(range(10_001))}}, "too long"),
+        ({"lang": "x" * 500_001}, "too long"),
+        ({"lang": {"in": ["x" * 250_001] * 2}}, "500,000 characters"),
     ],
 )
 def test_a_filter_that_cannot_be_meant_is_refused(content: Any, message: str) -> None:
@@ -269,7 +272,7 @@ def test_selections_are_kept_within_their_bytes(data: np.ndarray) -> None:
         made.append(number)
         return select(index, np.arange(len(data)) % 2 == 0, 0)
 
-    each = make(-1).num_bytes
+    each = make(-1).num_bytes + 1024
     kept = Selections(3 * each)
     for number in (0, 1, 2, 0, 3, 0, 1):  # 3 pushes 1 out, the one used longest ago
         kept.get(number, lambda n=number: make(n))  # type: ignore[misc]
@@ -282,5 +285,16 @@ def test_selections_are_kept_within_their_bytes(data: np.ndarray) -> None:
 
 def test_a_filter_is_hashable_by_what_it_means() -> None:
     one, other = (parse_filter({"lang": {"in": [a, "b"]}}, FIELDS) for a in ("a", "c"))
+    again = parse_filter({"lang": {"in": ["a", "b"]}}, FIELDS)
     assert isinstance(one, Filter)
-    assert len({one, other, parse_filter({"lang": {"in": ["a", "b"]}}, FIELDS)}) == 2
+    assert isinstance(other, Filter)
+    assert isinstance(again, Filter)
+    assert len({one, other, again}) == len({f.digest for f in (one, other, again)}) == 2
+    assert one.digest == pickle.loads(pickle.dumps(again)).digest
+
+
+def test_a_refusal_repeats_no_long_names() -> None:
+    for content in ({"x" * 1_000_000: 1}, {"lang": {"x" * 1_000_000: 1}}):
+        with pytest.raises(ConfigError) as caught:
+            parse_filter(content, FIELDS)
+        assert len(str(caught.value)) < 1000

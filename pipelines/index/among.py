@@ -27,6 +27,7 @@ from pipelines.index.tiers import TwoTier, codes_of, split_params
 Array = npt.NDArray[Any]
 
 _TEST_COST = 0.05  # of asking a selector about a row, in distances
+_ENTRY_BYTES = 1024  # of what is kept beside a selection's own rows: its key, and the objects around them
 _ARRAY_SHARE = 1 / 64  # below it, the positions of the rows take less memory than a bit for every row
 
 
@@ -64,18 +65,21 @@ class Selections:
         self._lock = threading.Lock()
 
     def get(self, key: Hashable, make: Callable[[], Selection]) -> Selection:
-        """Return the selection of `key`, made when it is not kept. Threads may ask at the same time."""
+        """Return the selection of `key`, made when it is not kept. Threads may ask at the same time.
+
+        A key counts as small, whatever it holds: one made from what callers send has to be a digest of it.
+        """
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
         made = make()
         with self._lock:
-            if key not in self._kept and made.num_bytes <= self.max_bytes:
+            if key not in self._kept and made.num_bytes + _ENTRY_BYTES <= self.max_bytes:
                 self._kept[key] = made
-                self.num_bytes += made.num_bytes
+                self.num_bytes += made.num_bytes + _ENTRY_BYTES
             while self.num_bytes > self.max_bytes:
-                self.num_bytes -= self._kept.popitem(last=False)[1].num_bytes
+                self.num_bytes -= self._kept.popitem(last=False)[1].num_bytes + _ENTRY_BYTES
         return made
 
 
