@@ -17,8 +17,12 @@ HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "
 """What the nodes' environment says where `serve.proxy` is "haproxy". Ray reads it when it starts, and when its Serve is
 imported."""
 
-HAPROXY_RETRIES = ("RAY_SERVE_HAPROXY_RETRY_ON", "conn-failure empty-response")
-"""Ask another replica when one dies before it has answered, instead of failing: searching twice does no harm."""
+HAPROXY_RETRIES = {
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+    "RAY_SERVE_HAPROXY_RETRIES": "10",
+}
+"""Ask another replica when one dies before it has answered, instead of failing: searching twice does no harm. HAProxy
+tries a dead one several times before it counts as down, since nobody is waiting there; its usual 3 do not suffice."""
 
 DOOR = ("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "cluster.door:middlewares")
 DOOR_LIMITS = "PINAKES_DOOR"
@@ -39,7 +43,8 @@ def choose_proxy(settings: ServeConfig) -> None:
     os.environ.setdefault("FORWARDED_ALLOW_IPS", "")
     if settings.proxy == "haproxy":
         os.environ.update(HAPROXY)
-        os.environ.setdefault(*HAPROXY_RETRIES)
+        for name, value in HAPROXY_RETRIES.items():
+            os.environ.setdefault(name, value)
 
 
 @contextmanager
