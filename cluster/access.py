@@ -286,11 +286,10 @@ def _unauthorised(detail: str) -> Problem:
 
 def exposure(config: ServeConfig) -> str | None:
     """Return a warning when whoever reaches this machine may search, else None."""
-    host = "every interface (HAProxy)" if config.proxy == "haproxy" else config.host
-    if config.require_key or _is_loopback(host):
+    if config.require_key or _is_loopback(config.host):
         return None
     return (
-        f"serving on {host} without keys: whoever reaches port {config.port} can search. "
+        f"serving on {config.host} without keys: whoever reaches port {config.port} can search. "
         "Set serve.require_key=true and make keys with `pinakes keys create NAME`"
     )
 

@@ -125,8 +125,6 @@ def test_an_open_port_without_keys_is_warned_of(host: str, require_key: bool, wa
     told = exposure(ServeConfig(host=host, require_key=require_key))
     assert (told is not None) is warned
     assert told is None or ("pinakes keys create" in told and host in told)
-    # HAProxy listens everywhere, whatever the host.
-    assert (exposure(ServeConfig(host=host, require_key=require_key, proxy="haproxy")) is None) is require_key
 
 
 # How much and how often
