@@ -4,11 +4,12 @@ placement "together" maps all shards in every gateway and searches them on threa
 shard deployments as the aliases' versions have shards, asked in parallel; both merge with the same function.
 
 `serve.proxy` "haproxy" puts HAProxy, a C program that Ray brings along, before the gateways, which then speak HTTP
-themselves; several times as many requests a second go through it. Its limits: messages between deployments of at most
-4 MiB (a batch of hits times their number, with "spread" or a reranker), no TLS, and two ports more, of which a machine
+themselves; several times as many requests a second go through it. Its limits: messages between deployments of at most 4
+MiB (a batch of hits times their number, with "spread" or a reranker), no TLS, and two ports more, of which a machine
 has one each, open on every interface whatever `serve.host` says: metrics (9101, RAY_SERVE_HAPROXY_METRICS_PORT) and
-statistics (8404, RAY_SERVE_HAPROXY_STATS_PORT). The setting is of the Ray cluster, made before it starts. Searches that a gateway was working on when it was killed are asked again of another
-one, by HAProxy or by the door before the Python proxy.
+statistics (8404, RAY_SERVE_HAPROXY_STATS_PORT). The setting is of the Ray cluster, made before it starts. Searches that
+a gateway was working on when it was killed are asked again of another one, by HAProxy or by the door before the Python
+proxy.
 
 More requests than `serve.max_ongoing` are refused by us, not by Ray Serve: at a door before its own servers
 (`cluster.door`) on clusters that `pinakes` starts, by the API itself elsewhere. A cluster of your own gets the door by

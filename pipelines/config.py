@@ -207,8 +207,8 @@ class ServeConfig(Strict):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     proxy: Literal["python", "haproxy"] = "python"
-    """haproxy: several times the requests a second, without TLS; its metrics (9101) and statistics (8404) are open on every
-    interface of the machine."""
+    """haproxy: several times the requests a second, without TLS; its metrics (9101) and statistics (8404) are open on
+    every interface of the machine."""
     replicas: Replicas = 1
     """Of the gateway: a number, or [min, max] to follow the load."""
     shard_replicas: Replicas = 1
