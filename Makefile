@@ -50,7 +50,6 @@ bench: setup
 	$(BIN)/python -m tests.bench.forecast --keep
 	$(BIN)/python -m tests.bench.filters --data $(BENCH_DATA)
 	RAY_AUTH_MODE=disabled $(BIN)/python -m tests.bench.serve --data $(BENCH_DATA)/serve
-	RAY_AUTH_MODE=disabled $(BIN)/python -m tests.bench.serve_fuzz
 
 lint: setup
 	$(BIN)/ruff check .

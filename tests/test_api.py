@@ -474,7 +474,7 @@ def test_admin_routes_are_there_for_admin_keys_alone(backend: LocalBackend, tmp_
 @settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
 @given(asked=REQUESTS)
 def test_any_request_gets_an_answer_that_the_document_tells_of(client: TestClient, asked: Asked) -> None:
-    headers = {name: value.strip() for name, value in asked.headers.items()}
+    headers = {name.encode(): value.strip().encode("latin-1") for name, value in asked.headers.items()}
     response = client.request(asked.method, f"http://testserver{asked.path}", content=asked.body, headers=headers)
     app: Any = client.app
     assert faults(asked, response.status_code, response.headers, response.content, app.openapi()) == []

@@ -1,11 +1,12 @@
 """Serving under load: against the obvious alternative, while it switches, while parts of it die, and overloaded.
 
-    python -m tests.bench.serve [--only load,switch,kill,overload,shards] [--data FOLDER] [--seconds 60] [--quick]
+    python -m tests.bench.serve [--only load,switch,kill,overload,shards,fuzz] [--data FOLDER] [--seconds 60] [--quick]
 
 load: callers against one FastAPI process with sentence-transformers and FAISS over the same index, and the bare loop.
 switch: an alias moved between three encoders. kill: replicas killed. overload: ten times as many callers, who come
 straight back when they are refused, then ten times as many questions a second. shards: the same answers from any number
-of shards, and reranked. The callers' process shares the cores with what it calls.
+of shards, and reranked. fuzz: 10,000 requests of every kind behind each proxy, and as many cases of schemathesis
+(--schemathesis, where it is not on the PATH). The callers' process shares the cores with what it calls.
 
 --data keeps what is built (a few minutes' encoding) for the next run. --quick: little data, short loads, nothing kept.
 """
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from tests.bench.common import keep, need_data
 from tests.bench.serve_data import Corpus
+from tests.bench.serve_fuzz import fuzz
 from tests.bench.serve_kill import kill
 from tests.bench.serve_load import PROXIES, Result, Work, load
 from tests.bench.serve_overload import overload
@@ -28,20 +30,21 @@ from tests.bench.serve_shards import shards
 from tests.bench.serve_switch import switch
 
 WIKI_ROWS, SECONDS = 5_000, 60.0
-_QUICK_SECONDS, _QUICK_SWITCHES, _QUICK_QUESTIONS = 6.0, 4, 200
+_QUICK_SECONDS, _QUICK_SWITCHES, _QUICK_QUESTIONS, _QUICK_REQUESTS = 6.0, 4, 200, 300
 _QUIET_LOAD = 0.5  # processes, over the last minute: with more, somebody else takes part of the cores
 
 SECTIONS: dict[str, Callable[[Work], Result]] = {
-    "load": load, "switch": switch, "kill": kill, "overload": overload, "shards": shards
+    "load": load, "switch": switch, "kill": kill, "overload": overload, "shards": shards, "fuzz": fuzz
 }  # fmt: skip
 
 
 def main() -> None:
     arguments = _arguments()
-    sections = dict(SECTIONS)
+    sections = {**SECTIONS, "fuzz": partial(fuzz, program=arguments.schemathesis)}
     if arguments.quick:
         sections["switch"] = partial(switch, switches=_QUICK_SWITCHES)
         sections["shards"] = partial(shards, questions=_QUICK_QUESTIONS)
+        sections["fuzz"] = partial(fuzz, requests=_QUICK_REQUESTS, program=arguments.schemathesis)
     chosen = [name for name in arguments.only.split(",") if name] or list(SECTIONS)
     held: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -80,6 +83,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--wiki", type=int, default=WIKI_ROWS, help="wiki passages beside SQuAD's and NQ's")
     parser.add_argument("--seconds", type=float, help=f"of each measured load (default {SECONDS:.0f})")
     parser.add_argument("--rounds", type=int, default=1, help="how often the servers of `load` are run in turn")
+    parser.add_argument("--schemathesis", help="the program, where it is not on the PATH")
     parser.add_argument("--proxies", default=",".join(PROXIES), help="which of Serve's proxies (default both)")
     return parser.parse_args()
 
