@@ -26,6 +26,7 @@ from pipelines.manifest import fingerprint
 from pipelines.storage import Store, cache_dir
 
 APPLICATION = "pinakes"
+_FIND_SECONDS = 30.0  # for a gateway's word that it serves an alias
 
 
 class Fleet(Protocol):
@@ -180,18 +181,23 @@ def _gateway(root: str, alias: str, address: str | None) -> Iterator[Any]:
     if address is None:
         yield None
         return
-    from ray import serve
-    from ray.serve.exceptions import RayServeException
-
     from cluster.session import session
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with session(ClusterConfig(address=address)):
-        try:
-            gateway = serve.get_app_handle(APPLICATION)
-            yield gateway if gateway.serves.remote(place_of(root), alias).result() else None
-        except RayServeException:  # Serve does not run there, or not this application
-            yield None
+        yield _find_gateway(root, alias)
+
+
+def _find_gateway(root: str, alias: str) -> Any:
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        gateway = serve.get_app_handle(APPLICATION)
+        served = gateway.serves.remote(place_of(root), alias).result(timeout_s=_FIND_SECONDS)
+    except (RayServeException, TimeoutError):  # Serve does not run there, or not this application, or no replica of it
+        return None
+    return gateway if served else None
 
 
 def place_of(root: str) -> str:

@@ -9,11 +9,13 @@ import shutil
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from ray.serve.exceptions import RayServeException
 
 from cluster import switch
 from cluster.serve_follow import Follower
@@ -276,3 +278,30 @@ def test_a_server_is_found_by_the_word_it_left(
     switch.withdraw(two.root)
     switch.withdraw(two.root)
     assert not list((tmp_path / "cache" / "servers").iterdir())
+
+
+class Handle:
+    """A deployment's handle, as far as it is used here: `serves` answers `told`, or raises it."""
+
+    def __init__(self, told: Any) -> None:
+        self.serves, self.told = self, told
+
+    def remote(self, *arguments: Any) -> Handle:
+        return self
+
+    def result(self, timeout_s: float) -> Any:
+        if isinstance(self.told, Exception):
+            raise self.told
+        return self.told
+
+
+@pytest.mark.parametrize("told", [True, False, TimeoutError(), RayServeException("not running")])
+def test_only_the_look_for_a_gateway_may_fail_quietly(
+    two: TwoVersions, monkeypatch: pytest.MonkeyPatch, told: Any
+) -> None:
+    monkeypatch.setattr("ray.serve.get_app_handle", lambda name: Handle(told))
+    monkeypatch.setattr("cluster.session.session", lambda config: nullcontext())
+    with switch._gateway(two.root, ALIAS, "somewhere") as gateway:
+        assert (gateway is not None) == (told is True)
+    with pytest.raises(RayServeException, match="overloaded"), switch._gateway(two.root, ALIAS, "somewhere"):
+        raise RayServeException("overloaded")
