@@ -10,6 +10,7 @@ was promoted, however and from wherever that was done.
 import asyncio
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,6 +33,8 @@ from pipelines.retrieve import Retriever, check_k
 from pipelines.room import check_room
 from pipelines.schema import Hit
 
+_LOAD_SECONDS = 1200.0  # for shards to load a version; less than all gateways are given for it, as is the next
+_SHARD_SECONDS = 5.0  # for shards to switch to a version, or to let go of one
 _MANY_HITS = 256  # more are fetched on a thread, so that other requests go on
 _FACTS = ("num_rows", "dim", "factory", "metric", "num_shards", "recall", "search_params", "created")
 
@@ -247,7 +250,7 @@ class Gateway:
             manifest = await asyncio.to_thread(publish.read_version, self.root, alias, version)
             room = await asyncio.to_thread(check_room, self.root, manifest)
         retriever = await asyncio.to_thread(self.versions.prepare, alias, version)
-        await self.shards.tell("prepare", alias, version)
+        await self.shards.tell(_LOAD_SECONDS, "prepare", alias, version)
         if not is_new:
             return []
         try:
@@ -269,13 +272,14 @@ class Gateway:
     async def activate(self, alias: str, state: dict[str, Any], even_older: bool = False) -> str:
         """Answer by the version that `state` points to from now on; return the version answered by."""
         self.versions.activate(alias, state, even_older=even_older)
-        await self.shards.tell("activate", alias, state, even_older)
+        await self.shards.tell(_SHARD_SECONDS, "activate", alias, state, even_older)
         return self.versions.now.aliases[alias].current
 
     async def release(self, alias: str, version: str) -> None:
         """Let go of a version that was prepared in vain."""
         self.versions.release(alias, version)
-        await self.shards.tell("release", alias, version)
+        with suppress(Exception):  # what was prepared is let go of in time, whether the shards hear of it or not
+            await self.shards.tell(_SHARD_SECONDS, "release", alias, version)
 
 
 async def _unwrapped(asked: Any) -> Any:

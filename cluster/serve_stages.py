@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from ray import serve
@@ -17,6 +18,8 @@ from ray.exceptions import RayActorError
 
 from cluster.batcher import Wanted
 from cluster.serve_versions import Versions
+from cluster.session import unwrap
+from cluster.switch import broadcast
 from pipelines.answer import answers_within, load_reader
 from pipelines.config import AnswerConfig, RerankConfig
 from pipelines.errors import BusyError, PinakesError
@@ -133,9 +136,15 @@ class ShardDeployments:
             raise BusyError("no shard answered in time", hint="ask again later, or allow more time")
         return merge_topk([part for part in found if part is not None], wanted[0]), lost
 
-    async def tell(self, method: str, *arguments: Any) -> None:
-        """Call `method` of every replica of every deployment; raise what one raised."""
-        await asyncio.gather(*(h.broadcast(method, *arguments).results_async() for h in self._handles))
+    async def tell(self, seconds: float, method: str, *arguments: Any) -> None:
+        """Call `method` of every replica of every deployment, and wait so long at most; raise what one raised.
+
+        A deployment without replicas does not count: they come up by the alias.
+        """
+        told = await asyncio.gather(*(broadcast(h, seconds, method, *arguments) for h in self._handles))
+        for error in chain.from_iterable(told):
+            if isinstance(error, BaseException):
+                raise unwrap(error)
 
 
 async def _answer_of(handle: Any, until: float, *arguments: Any) -> Any:

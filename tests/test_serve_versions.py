@@ -15,10 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ray.serve.exceptions import RayServeException
+from ray.exceptions import RayActorError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
 from cluster import switch
 from cluster.serve_follow import Follower
+from cluster.serve_stages import ShardDeployments
 from cluster.serve_versions import Versions
 from pipelines import publish
 from pipelines.config import PromoteConfig
@@ -281,18 +284,74 @@ def test_a_server_is_found_by_the_word_it_left(
 
 
 class Handle:
-    """A deployment's handle, as far as it is used here: `serves` answers `told`, or raises it."""
+    """A deployment's handle, as far as it is used here: every method answers `told`, or raises it."""
+
+    deployment_name = "shard-1"
 
     def __init__(self, told: Any) -> None:
-        self.serves, self.told = self, told
+        self.serves = self.rollback = self
+        self.told = told
 
     def remote(self, *arguments: Any) -> Handle:
+        return self
+
+    def broadcast(self, method: str, *arguments: Any) -> Handle:
         return self
 
     def result(self, timeout_s: float) -> Any:
         if isinstance(self.told, Exception):
             raise self.told
         return self.told
+
+    async def results_async(self, timeout_s: float, return_exceptions: bool) -> Any:
+        return self.result(timeout_s)
+
+
+DIED, NONE_THERE = RayActorError(), DeploymentUnavailableError(DeploymentID("shard-1"))
+
+
+def test_replicas_that_are_down_hold_nobody_up_and_those_that_hang_not_for_long() -> None:
+    assert asyncio.run(switch.broadcast(Handle(NONE_THERE), 1, "activate")) == []
+    assert asyncio.run(switch.broadcast(Handle(["b", DIED, "b"]), 1, "activate")) == ["b", "b"]
+    (hung,) = asyncio.run(switch.broadcast(Handle(TimeoutError()), 1, "activate"))
+    assert "not every replica of shard-1 answered 'activate' within 1 s" in str(hung)
+    asyncio.run(ShardDeployments([Handle(NONE_THERE), Handle([None]), Handle([DIED])], 1).tell(1, "activate"))
+    with pytest.raises(ArtifactError, match="damaged"):
+        asyncio.run(ShardDeployments([Handle([None, ArtifactError("damaged")])], 1).tell(1, "prepare"))
+
+
+def test_rolling_back_asks_nobody_before_the_alias_is_moved(two: TwoVersions) -> None:
+    replica = Replica(two)
+    promote(two, replica)
+
+    class Down(Replicas):
+        async def prepare(self, alias: str, version: str) -> list[Any]:
+            raise NONE_THERE
+
+        async def activate(self, alias: str, state: dict[str, Any]) -> list[Any]:
+            assert publish.current(two.root, ALIAS) == two.old
+            return await super().activate(alias, state)
+
+    assert asyncio.run(switch.rollback(Down(replica), two.root, ALIAS))["current"] == two.old
+    assert replica.current == two.old
+
+
+@pytest.mark.parametrize("error", [DIED, TimeoutError()])
+@pytest.mark.parametrize("moved", [True, False])
+def test_a_gateway_that_fails_while_it_rolls_back_leaves_the_alias_rolled_back_once(
+    two: TwoVersions, monkeypatch: pytest.MonkeyPatch, error: Exception, moved: bool
+) -> None:
+    publish.promote(two.root, ALIAS, two.new)
+
+    class Failing(Handle):
+        def result(self, timeout_s: float) -> Any:
+            if moved:
+                publish.rollback(two.root, ALIAS)
+            raise error
+
+    monkeypatch.setattr(switch, "_gateway", lambda *_: nullcontext(Failing(None)))
+    assert switch.rollback_from_here(two.root, ALIAS)["current"] == two.old
+    assert publish.current(two.root, ALIAS) == two.old
 
 
 @pytest.mark.parametrize("told", [True, False, TimeoutError(), RayServeException("not running")])
