@@ -45,12 +45,17 @@ def rollback(name: Name, root: Root = "pinakes-data", address: Address = None, j
 def _summary(result: dict[str, Any]) -> str:
     from cluster.summaries import alias_lines
 
-    lines = alias_lines(result)
+    lines, behind = alias_lines(result), result.get("behind", 0)
     if result["replicas"]:
         seconds = result["seconds"]
-        plural = "replica" if result["replicas"] == 1 else "replicas"
-        lines += [f"  {result['replicas']} {plural}: loaded in {seconds['prepare']:.2f} s, switched in "
+        lines += [f"  {_counted(result['replicas'])}: loaded in {seconds['prepare']:.2f} s, switched in "
                   f"{seconds['switch']:.3f} s"]  # fmt: skip
-    else:
+    elif not behind:
         lines += ["  no server within reach was told; those that follow this root do so within seconds"]
+    if behind:
+        lines += [f"  {_counted(behind)} did not switch yet: {result['cause']}; `/aliases` says what does not load"]
     return "\n".join(lines)
+
+
+def _counted(number: int) -> str:
+    return f"{number} {'replica' if number == 1 else 'replicas'}"

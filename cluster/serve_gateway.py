@@ -271,8 +271,10 @@ class Gateway:
 
     async def activate(self, alias: str, state: dict[str, Any], even_older: bool = False) -> str:
         """Answer by the version that `state` points to from now on; return the version answered by."""
-        self.versions.activate(alias, state, even_older=even_older)
-        await self.shards.tell(_SHARD_SECONDS, "activate", alias, state, even_older)
+        if self.versions.activate(alias, state, even_older=even_older):
+            await self.shards.tell(_SHARD_SECONDS, "activate", alias, state, even_older)
+        else:
+            await self.follower.catch_up()  # overtaken, or the alias file was made anew: what it says counts
         return self.versions.now.aliases[alias].current
 
     async def release(self, alias: str, version: str) -> None:

@@ -39,7 +39,10 @@ class Fleet(Protocol):
         ...
 
     async def activate(self, alias: str, state: dict[str, Any]) -> list[Any]:
-        """Answer by the version that the alias's `state` points to, everywhere; return one entry a replica."""
+        """Answer by the version that the alias's `state` points to, everywhere.
+
+        Returns for each replica the version that it answers by then, or what it raised.
+        """
         ...
 
     async def release(self, alias: str, version: str) -> None:
@@ -139,12 +142,23 @@ async def _switch(fleet: Fleet, root: str, alias: str, version: str, before: str
 async def _tell(
     fleet: Fleet, alias: str, state: dict[str, Any], findings: list[Any], loading_seconds: float
 ) -> dict[str, Any]:
-    """Switch all replicas to what the alias points to; return `state`, with how many of them did."""
+    """Switch all replicas to what the alias points to; return `state`, with how many of them did.
+
+    behind, cause: how many did not, and why the first did not, where there are such.
+    """
     began = time.monotonic()
-    switched = await fleet.activate(alias, state)
+    answers = await fleet.activate(alias, state)
     seconds = {"prepare": round(loading_seconds, 3), "switch": round(time.monotonic() - began, 3)}
-    num_switched = sum(not isinstance(one, BaseException) for one in switched)
-    return {**state, "name": alias, "gate": findings, "replicas": num_switched, "seconds": seconds}
+    behind = [one for one in answers if one != state["current"]]
+    result = {**state, "name": alias, "gate": findings, "replicas": len(answers) - len(behind), "seconds": seconds}
+    return {**result, "behind": len(behind), "cause": _why(behind[0])} if behind else result
+
+
+def _why(answer: Any) -> str:
+    if not isinstance(answer, BaseException):
+        return f"it still answers by version {answer}"
+    error = _cause(answer)
+    return error.what if isinstance(error, PinakesError) else type(error).__name__
 
 
 def _check_all(prepared: list[Any], alias: str, version: str) -> None:

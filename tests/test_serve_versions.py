@@ -20,7 +20,9 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
 from cluster import switch
+from cluster.cli_switch import _summary
 from cluster.serve_follow import Follower
+from cluster.serve_gateway import Gateway
 from cluster.serve_stages import ShardDeployments
 from cluster.serve_versions import Versions
 from pipelines import publish
@@ -47,6 +49,10 @@ def two(built: TwoVersions, tmp_path: Path) -> TwoVersions:
     return copy
 
 
+GATEWAY = Gateway.func_or_class
+"""The class itself: what it does once versions, follower and shards are there needs no Ray."""
+
+
 class Replica:
     """One replica: its versions and its follower, loading by `load`, which a test may make fail."""
 
@@ -55,6 +61,7 @@ class Replica:
         self.versions: Versions[Retriever] = Versions(two.root, [ALIAS], pinned or [], self._load)
         self.versions.start()
         self.follower = Follower(self.versions, self.prepare, self.activate, 0.01)
+        self.shards = ShardDeployments([], 1)
 
     def _load(self, manifest: dict[str, Any]) -> Retriever:
         if manifest["version"] in self.broken:
@@ -65,8 +72,8 @@ class Replica:
         await asyncio.to_thread(self.versions.prepare, alias, version)
         return []
 
-    async def activate(self, alias: str, state: dict[str, Any], even_older: bool = False) -> bool:
-        return self.versions.activate(alias, state, even_older=even_older)
+    async def activate(self, alias: str, state: dict[str, Any], even_older: bool = False) -> str:
+        return str(await GATEWAY.activate(self, alias, state, even_older))
 
     @property
     def loaded(self) -> set[str]:
@@ -88,7 +95,8 @@ class Replicas:
         return list(await asyncio.gather(*asked, return_exceptions=True))
 
     async def activate(self, alias: str, state: dict[str, Any]) -> list[Any]:
-        return [await replica.activate(alias, state) for replica in self.replicas]
+        asked = [replica.activate(alias, state) for replica in self.replicas]
+        return list(await asyncio.gather(*asked, return_exceptions=True))
 
     async def release(self, alias: str, version: str) -> None:
         for replica in self.replicas:
@@ -123,6 +131,33 @@ def test_one_replica_that_cannot_load_stops_it_all(two: TwoVersions) -> None:
     assert publish.current(two.root, ALIAS) == two.old
     assert [replica.current for replica in (sound, broken)] == [two.old, two.old]
     assert [replica.loaded for replica in (sound, broken)] == [{two.old}, {two.old}]
+
+
+def test_replicas_that_did_not_switch_are_counted_apart_and_the_cause_is_told(two: TwoVersions) -> None:
+    sound, cold = Replica(two), Replica(two)
+    promote(two, sound)
+    cold.broken.add(two.old)
+    cold.versions.prepare(ALIAS, two.new)
+    cold.versions.activate(ALIAS, {**two.state(two.new, moves=2), "previous": None})
+    result = rollback(two, sound, cold)
+    assert (result["current"], result["replicas"], result["behind"]) == (two.old, 1, 1)
+    assert f"version {two.old} of 'cats' is not loaded here" in result["cause"]
+    shown = _summary(result)
+    assert "1 replica: loaded" in shown
+    assert f"1 replica did not switch yet: {result['cause']}" in shown
+    alone = _summary({**result, "replicas": 0, "behind": 2})
+    assert "2 replicas did not switch yet" in alone
+    assert "no server within reach" not in alone
+
+
+def test_an_alias_file_made_anew_is_followed_at_once(two: TwoVersions) -> None:
+    replica = Replica(two)
+    for _ in range(2):
+        promote(two, replica)
+        rollback(two, replica)
+    Path(two.root, "aliases", f"{ALIAS}.json").unlink()
+    result = promote(two, replica)
+    assert (result["replicas"], "behind" in result, replica.current) == (1, False, two.new)
 
 
 def test_a_lost_race_changes_nothing_here(two: TwoVersions, monkeypatch: pytest.MonkeyPatch) -> None:
