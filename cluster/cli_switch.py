@@ -13,6 +13,9 @@ app = typer.Typer()
 Name = Annotated[str, typer.Argument(help="The alias (the index's name).")]
 Root = Annotated[str, typer.Option("--root", help="The root folder or s3:// URL.", envvar="PINAKES_ROOT")]
 Force = Annotated[bool, typer.Option("--force", help="Promote it also if it scores worse; never with damaged files.")]
+Loss = Annotated[
+    float | None, typer.Option(min=0, max=1, help="The most that a score may fall.  [default: the server's, or 0.01]")
+]
 Address = Annotated[str | None, typer.Option(help="The Ray cluster that serves it, if it runs elsewhere.")]
 
 
@@ -21,16 +24,15 @@ def promote(
     name: Name,
     version: Annotated[str, typer.Argument(help="A published version.")],
     root: Root = "pinakes-data",
-    max_quality_loss: Annotated[float, typer.Option(min=0, max=1, help="The most that a score may fall.")] = 0.01,
+    max_quality_loss: Loss = None,
     force: Force = False,
     address: Address = None,
     json_: Json = False,
 ) -> None:
     """Check a version, load it on every replica that serves, and point the alias to it."""
     from cluster.switch import promote_from_here
-    from pipelines.config import PromoteConfig
 
-    settings = PromoteConfig(max_quality_loss=max_quality_loss)
+    settings = {} if max_quality_loss is None else {"max_quality_loss": max_quality_loss}
     show(promote_from_here(root, name, version, settings, force, address), json_, _summary)
 
 

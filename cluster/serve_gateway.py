@@ -225,9 +225,9 @@ class Gateway:
     async def promote(
         self, alias: str, version: str, force: bool, settings: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Switch an alias on all replicas. settings: a PromoteConfig, dumped, in place of the config's."""
+        """Switch an alias on all replicas. settings: keys of PromoteConfig in place of the config's."""
         self._check_alias(alias)
-        chosen = self.settings if settings is None else PromoteConfig(**settings)
+        chosen = PromoteConfig(**{**self.settings.model_dump(), **(settings or {})})
         return await switch.promote(self._fleet(), self.root, alias, version, chosen, force)
 
     async def rollback(self, alias: str) -> dict[str, Any]:

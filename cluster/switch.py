@@ -183,18 +183,20 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def promote_from_here(
-    root: str, alias: str, version: str, settings: PromoteConfig, force: bool = False, address: str | None = None
+    root: str, alias: str, version: str, settings: dict[str, Any], force: bool = False, address: str | None = None
 ) -> dict[str, Any]:
     """Promote through the application that serves this root, where one is within reach; else move the alias alone.
 
-    address: a Ray cluster; without it RAY_ADDRESS, else that of a server on this machine. Servers out of reach follow
-    the alias by themselves. Raises what `promote` raises.
+    settings: keys of PromoteConfig that take the place of the application's. address: a Ray cluster; without it
+    RAY_ADDRESS, else that of a server on this machine. Servers out of reach follow the alias by themselves. Raises what
+    `promote` raises.
     """
     publish.read_version(root, alias, version)
     with _gateway(root, alias, address) as gateway:
         if gateway is not None:
-            return dict(gateway.promote.remote(alias, version, force, settings.model_dump()).result())
-    return asyncio.run(promote(NoReplicas(root, settings), root, alias, version, settings, force))
+            return dict(gateway.promote.remote(alias, version, force, settings).result())
+    chosen = PromoteConfig(**settings)
+    return asyncio.run(promote(NoReplicas(root, chosen), root, alias, version, chosen, force))
 
 
 def rollback_from_here(root: str, alias: str, address: str | None = None) -> dict[str, Any]:

@@ -18,8 +18,9 @@ import pytest
 from ray.exceptions import RayActorError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
+from typer.testing import CliRunner
 
-from cluster import switch
+from cluster import cli, switch
 from cluster.cli_switch import _summary
 from cluster.serve_follow import Follower
 from cluster.serve_gateway import Gateway
@@ -61,7 +62,13 @@ class Replica:
         self.versions: Versions[Retriever] = Versions(two.root, [ALIAS], pinned or [], self._load)
         self.versions.start()
         self.follower = Follower(self.versions, self.prepare, self.activate, 0.01)
-        self.shards = ShardDeployments([], 1)
+        self.shards, self.settings = ShardDeployments([], 1), SETTINGS
+
+    def _check_alias(self, alias: str) -> None:
+        pass
+
+    def _fleet(self) -> Any:
+        return None
 
     def _load(self, manifest: dict[str, Any]) -> Retriever:
         if manifest["version"] in self.broken:
@@ -158,6 +165,27 @@ def test_an_alias_file_made_anew_is_followed_at_once(two: TwoVersions) -> None:
     Path(two.root, "aliases", f"{ALIAS}.json").unlink()
     result = promote(two, replica)
     assert (result["replicas"], "behind" in result, replica.current) == (1, False, two.new)
+
+
+@pytest.mark.parametrize(("given", "expected"), [([], 0.3), (["--max-quality-loss", "0"], 0)])
+def test_a_command_changes_only_the_settings_it_is_given(
+    two: TwoVersions, monkeypatch: pytest.MonkeyPatch, given: list[str], expected: float
+) -> None:
+    server, chosen = Replica(two), list[PromoteConfig]()
+    server.settings = PromoteConfig(max_quality_loss=0.3, smoke_queries=2)
+
+    async def promoted(*arguments: Any) -> dict[str, Any]:
+        chosen.append(arguments[4])
+        return {"name": ALIAS, "current": two.new, "replicas": 0}
+
+    class Served(Handle):
+        def remote(self, *arguments: Any) -> Handle:
+            return Handle(asyncio.run(GATEWAY.promote(server, *arguments)))
+
+    monkeypatch.setattr(switch, "promote", promoted)
+    monkeypatch.setattr(switch, "_gateway", lambda *_: nullcontext(Served(None)))
+    done = CliRunner().invoke(cli.app, ["promote", ALIAS, two.new, "--root", two.root, *given])
+    assert (done.exit_code, chosen) == (0, [PromoteConfig(max_quality_loss=expected, smoke_queries=2)]), done.output
 
 
 def test_a_lost_race_changes_nothing_here(two: TwoVersions, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,7 +352,7 @@ class Handle:
     deployment_name = "shard-1"
 
     def __init__(self, told: Any) -> None:
-        self.serves = self.rollback = self
+        self.serves = self.rollback = self.promote = self
         self.told = told
 
     def remote(self, *arguments: Any) -> Handle:
@@ -333,7 +361,7 @@ class Handle:
     def broadcast(self, method: str, *arguments: Any) -> Handle:
         return self
 
-    def result(self, timeout_s: float) -> Any:
+    def result(self, timeout_s: float | None = None) -> Any:
         if isinstance(self.told, Exception):
             raise self.told
         return self.told
