@@ -102,12 +102,58 @@ def test_a_loss_of_quality_is_refused_unless_allowed_or_forced(two: TwoVersions)
     assert promote(two, force=True)["current"] == two.new
 
 
-def test_evaluations_on_other_questions_are_not_compared(two: TwoVersions) -> None:
+@pytest.mark.parametrize(
+    ("mine", "words"),
+    [
+        (None, "was never evaluated"),
+        ({"mrr@10": 0.9, "settings": "other"}, "different questions"),
+        ({"em": 0.9}, "no score in common"),
+    ],
+)
+def test_a_version_that_cannot_be_compared_with_an_evaluated_one_is_refused(
+    two: TwoVersions, mine: dict[str, Any] | None, words: str
+) -> None:
     evaluated(two, two.old, **{"mrr@10": 0.6})
-    evaluated(two, two.new, **{"mrr@10": 0.1, "settings": "other"})
+    if mine is not None:
+        evaluated(two, two.new, **mine)
+    with pytest.raises(QualityError, match=words) as refused:
+        promote(two)
+    assert f"pinakes evaluate CONFIG --version {two.new}" in refused.value.hint
+    assert "--force" in refused.value.hint
+    assert promote(two, force=True)["current"] == two.new
+
+
+def test_where_the_current_version_was_never_evaluated_nothing_is_compared(two: TwoVersions) -> None:
+    evaluated(two, two.new, **{"mrr@10": 0.6})
     quality = next(check for check in promote(two)["gate"] if check["check"] == "quality")
-    assert quality["state"] == "skipped"
-    assert "different questions" in quality["what"]
+    assert (quality["state"], two.old in quality["next"]) == ("skipped", True)
+
+
+@pytest.mark.parametrize(
+    ("own", "standing", "measured", "factory", "state"),
+    [
+        (None, None, None, "SQ8", "skipped"),
+        (0.9, None, None, "SQ8", "failed"),
+        (None, 0.95, None, "SQ8", "failed"),
+        (None, 0.95, 0.94, "SQ8", "failed"),
+        (0.9, 0.95, 0.94, "SQ8", "failed"),
+        (0.9, 0.95, 0.95, "SQ8", "ok"),
+        (0.95, 0.9, 0.94, "SQ8", "failed"),
+        (None, 0.95, None, "Flat", "ok"),
+        (0.9, None, None, "IDMap2,Flat", "ok"),
+        (None, 0.95, None, "PCA8,Flat", "failed"),
+    ],
+)
+def test_recall_is_held_against_the_larger_of_both_targets(
+    own: float | None, standing: float | None, measured: float | None, factory: str, state: str
+) -> None:
+    recall = None if measured is None else {"k": 10, "value": measured, "num_queries": 100}
+    candidate = {"recall": recall, "factory": factory, "config": {"min_recall": own}}
+    found = gate._recall(candidate, {"config": {"min_recall": standing}})
+    assert found.state == state
+    assert ("of the current version" in found.expected) == (state == "failed" and (standing or 0) > (own or 0))
+    if standing is None:
+        assert gate._recall(candidate, None) == found
 
 
 SCORES = st.dictionaries(
@@ -124,9 +170,9 @@ def test_quality_fails_just_when_a_shared_score_falls_too_far(
     kept = {built.old: {**before, **base, "num_questions": 9}, built.new: {**after, **base, "num_questions": 9}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(publish, "read_evaluation", lambda root, manifest: kept[manifest["version"]])
-        found = gate._quality(built.root, built.manifest(built.new), built.old, allowed)
+        found = gate._quality(built.root, built.manifest(built.new), built.manifest(built.old), allowed)
     losses = [before[name] - after[name] for name in before.keys() & after.keys() - {"num_questions"}]
-    expected = "skipped" if not losses else "failed" if max(losses) > allowed else "ok"
+    expected = "failed" if not losses or max(losses) > allowed else "ok"
     assert found.state == expected
 
 
