@@ -77,6 +77,8 @@ class Gateway:
         self.batcher = Batcher(self.config.batch_tokens, num_threads)
         self.versions: Versions[Retriever] = Versions(root, aliases, self.config.versions, self._load)
         self.versions.start()
+        # What answers was promoted; a pinned version that is loaded has shown nothing yet.
+        self._tried = {(alias, pointer.current) for alias, pointer in self.versions.now.aliases.items()}
         self.follower = Follower(self.versions, self.prepare, self.activate, self.config.follow_seconds)
         self._following = asyncio.get_running_loop().create_task(self.follower.run())
 
@@ -244,21 +246,23 @@ class Gateway:
             raise ArtifactError(f"there is no alias {alias!r} here; served: {', '.join(self.versions.aliases)}")
 
     async def prepare(self, alias: str, version: str) -> list[dict[str, str]]:
-        """Load a version beside the others and try it; return the findings. Of one that is loaded, none."""
-        is_new = (alias, version) not in self.versions.now.loaded
+        """Load a version beside the others and try it; return the findings. Of one that was tried or answers, none."""
+        findings, is_new = [], (alias, version) not in self.versions.now.loaded
         if is_new:
             manifest = await asyncio.to_thread(publish.read_version, self.root, alias, version)
             room = await asyncio.to_thread(check_room, self.root, manifest)
+            findings.append({"check": "room", "state": "ok", "what": room})
         retriever = await asyncio.to_thread(self.versions.prepare, alias, version)
         await self.shards.tell(_LOAD_SECONDS, "prepare", alias, version)
-        if not is_new:
+        if not is_new and (alias, version) in self._tried:
             return []
         try:
-            smoke = await self._smoke(retriever)
+            findings.append(await self._smoke(retriever))
         except BaseException:
             await self.release(alias, version)
             raise
-        return [{"check": "room", "state": "ok", "what": room}, smoke]
+        self._tried.add((alias, version))
+        return findings
 
     async def _smoke(self, retriever: Retriever) -> dict[str, str]:
         queries = smoke_queries(retriever.manifest, retriever.passages, self.settings.smoke_queries)
@@ -272,6 +276,7 @@ class Gateway:
     async def activate(self, alias: str, state: dict[str, Any], even_older: bool = False) -> str:
         """Answer by the version that `state` points to from now on; return the version answered by."""
         if self.versions.activate(alias, state, even_older=even_older):
+            self._tried.add((alias, str(state["current"])))
             await self.shards.tell(_SHARD_SECONDS, "activate", alias, state, even_older)
         else:
             await self.follower.catch_up()  # overtaken, or the alias file was made anew: what it says counts

@@ -232,6 +232,24 @@ def test_smoke_queries_want_finite_scores_and_text(
         gate.check_smoke(two.manifest(two.new), ["who"], scores, rows, [hits])
 
 
+def smoke(two: TwoVersions, shift: int, **encoder: Any) -> gate.Finding:
+    """Ask the smoke queries, and take for each hit the passage that lies `shift` rows further on."""
+    retriever = Retriever(two.root, two.manifest(two.new))
+    queries = gate.smoke_queries(retriever.manifest, retriever.passages, 8)
+    score_BK, row_BK = retriever.search_vectors(retriever.encoder.encode_queries(queries), 3)
+    row_BK = (row_BK + shift) % len(retriever.passages)
+    manifest = {**retriever.manifest, "encoder": {**retriever.manifest["encoder"], **encoder}}
+    return gate.check_smoke(manifest, queries, score_BK, row_BK, retriever.passages.hits(score_BK, row_BK))
+
+
+def test_passages_are_found_by_their_own_text_where_queries_are_encoded_alike(two: TwoVersions) -> None:
+    assert "8 find their own passage" in smoke(two, 0).what
+    with pytest.raises(ArtifactError, match="none of 8 passages is found by its own text"):
+        smoke(two, 30)
+    assert "own passage" not in smoke(two, 30, query_digest="another tower's").what
+    assert "own passage" not in smoke(two, 30, family="clip").what
+
+
 # Rows that could not be encoded
 
 

@@ -63,6 +63,7 @@ class Replica:
         self.versions.start()
         self.follower = Follower(self.versions, self.prepare, self.activate, 0.01)
         self.shards, self.settings = ShardDeployments([], 1), SETTINGS
+        self._tried = {(alias, pointer.current) for alias, pointer in self.versions.now.aliases.items()}
 
     def _check_alias(self, alias: str) -> None:
         pass
@@ -243,6 +244,36 @@ def test_pinned_versions_stay_and_others_go_once_nobody_uses_them(two: TwoVersio
     pinned = Replica(two, pinned=[two.old])
     assert pinned.versions.activate(ALIAS, alone)
     assert pinned.loaded == {two.old, two.new}
+
+
+def test_a_pinned_version_answers_smoke_queries_before_it_is_promoted(two: TwoVersions) -> None:
+    asked = []
+
+    class Trying(Replica):
+        async def prepare(self, alias: str, version: str) -> list[Any]:
+            return list(await GATEWAY.prepare(self, alias, version))
+
+        async def release(self, alias: str, version: str) -> None:
+            self.versions.release(alias, version)
+
+        async def _smoke(self, retriever: Retriever) -> dict[str, str]:
+            asked.append(retriever.manifest["version"])
+            if self.broken:
+                raise ArtifactError("a smoke query finds nothing")
+            return {"check": "smoke", "state": "ok", "what": ""}
+
+    replica = Trying(two, pinned=[two.new])
+    replica.broken.add("it")
+    with pytest.raises(PinakesError, match="a smoke query finds nothing"):
+        promote(two, replica)
+    assert (replica.current, replica.loaded) == (two.old, {two.old, two.new})
+    replica.broken.clear()
+    for _ in range(2):
+        promote(two, replica)
+        rollback(two, replica)
+    assert asked == [two.new, two.new]
+    asyncio.run(replica.prepare(ALIAS, two.old))  # it has answered for the alias
+    assert asked == [two.new, two.new]
 
 
 def test_a_version_prepared_in_vain_is_let_go_of(two: TwoVersions) -> None:
