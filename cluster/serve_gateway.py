@@ -30,7 +30,7 @@ from pipelines.config import PromoteConfig, ServeConfig
 from pipelines.errors import ArtifactError, ConfigError, PinakesError
 from pipelines.gate import check_smoke, smoke_k, smoke_queries
 from pipelines.retrieve import Retriever, check_k
-from pipelines.room import check_room
+from pipelines.room import of_passages
 from pipelines.schema import Hit
 
 _LOAD_SECONDS = 1200.0  # for shards to load a version; less than all gateways are given for it, as is the next
@@ -247,22 +247,18 @@ class Gateway:
 
     async def prepare(self, alias: str, version: str) -> list[dict[str, str]]:
         """Load a version beside the others and try it; return the findings. Of one that was tried or answers, none."""
-        findings, is_new = [], (alias, version) not in self.versions.now.loaded
-        if is_new:
-            manifest = await asyncio.to_thread(publish.read_version, self.root, alias, version)
-            room = await asyncio.to_thread(check_room, self.root, manifest)
-            findings.append({"check": "room", "state": "ok", "what": room})
-        retriever = await asyncio.to_thread(self.versions.prepare, alias, version)
+        counts = of_passages if len(self.shards) else bool
+        room = await asyncio.to_thread(self.versions.prepare_if_room, alias, version, counts)
         await self.shards.tell(_LOAD_SECONDS, "prepare", alias, version)
-        if not is_new and (alias, version) in self._tried:
+        if room is None and (alias, version) in self._tried:
             return []
         try:
-            findings.append(await self._smoke(retriever))
+            smoke = await self._smoke(self.versions.take(alias, version)[1])
         except BaseException:
             await self.release(alias, version)
             raise
         self._tried.add((alias, version))
-        return findings
+        return [smoke] if room is None else [{"check": "room", "state": "ok", "what": room}, smoke]
 
     async def _smoke(self, retriever: Retriever) -> dict[str, str]:
         queries = smoke_queries(retriever.manifest, retriever.passages, self.settings.smoke_queries)

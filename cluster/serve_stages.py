@@ -29,6 +29,7 @@ from pipelines.index.search import merge_topk
 from pipelines.models.base import Answer
 from pipelines.rerank import load_reranker, rerank_within
 from pipelines.retrieve import LocalShard
+from pipelines.room import of_shards
 from pipelines.schema import Hit
 
 _log = logging.getLogger("ray.serve")
@@ -72,7 +73,7 @@ class Shard:
     ) -> None:
         """device: "cuda" to search all vectors there; "cpu" to search by the index."""
         searched_on = None if device == "cpu" else device
-        self.device_watch = DeviceWatch()
+        self.device_watch, self._counts = DeviceWatch(), of_shards(number, num_deployments)
 
         def load(manifest: dict[str, Any]) -> ShardGroup:
             mine = range(number, manifest["num_shards"], num_deployments)
@@ -87,7 +88,7 @@ class Shard:
 
     async def prepare(self, alias: str, version: str) -> None:
         """Load this deployment's shards of a version beside the others."""
-        await asyncio.to_thread(self.versions.prepare, alias, version)
+        await asyncio.to_thread(self.versions.prepare_if_room, alias, version, self._counts, False)
 
     async def activate(self, alias: str, state: dict[str, Any], even_older: bool) -> None:
         """Let go of what is neither current nor previous in `state`."""

@@ -16,6 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from pipelines import publish
 from pipelines.errors import ArtifactError, nearest
+from pipelines.room import room_for
 
 _UNUSED_SECONDS = 600.0  # a version that was prepared and never activated goes after this
 
@@ -99,6 +100,19 @@ class Versions(Generic[L]):
                 self._prepared[alias, version] = time.monotonic()
                 self.now = replace(self.now, loaded={**self.now.loaded, (alias, version): loaded})
             return loaded
+
+    def prepare_if_room(
+        self, alias: str, version: str, counts: Callable[[str], bool] = bool, encoder: bool = True
+    ) -> str | None:
+        """Load a version beside the others; return the room for it, None for one that is loaded.
+
+        counts, encoder: as of `check_room`. Raises PinakesError where there is no room, and what loading raises.
+        """
+        if (alias, version) in self.now.loaded:
+            return None
+        with room_for(self.root, publish.read_version(self.root, alias, version), counts, encoder) as told:
+            self.prepare(alias, version)
+        return told
 
     def activate(self, alias: str, state: Mapping[str, Any], *, even_older: bool = False) -> bool:
         """Answer by the version that `state` (an alias file's content) points to, which must be loaded.

@@ -21,7 +21,7 @@ from pipelines.errors import ArtifactError, PinakesError, QualityError
 from pipelines.evaluate import METRIC_LABELS, STAGES
 from pipelines.index.spec import is_exact
 from pipelines.retrieve import Passages, Retriever
-from pipelines.room import check_room
+from pipelines.room import room_for
 from pipelines.schema import Hit, Passage
 from pipelines.verify import Finding, check_file, check_manifest
 
@@ -141,13 +141,14 @@ def scores(evaluation: dict[str, Any]) -> dict[str, float]:
 def open_candidate(root: str, name: str, version: str, settings: PromoteConfig) -> list[Finding]:
     """Load a version in this process, ask it the smoke queries, and let go of it. Raises what they raise."""
     manifest = publish.read_version(root, name, version)
-    told = Finding("room", "ok", check_room(root, manifest))
-    retriever = Retriever(root, manifest)
+    with room_for(root, manifest) as room:
+        retriever = Retriever(root, manifest)
     queries = smoke_queries(manifest, retriever.passages, settings.smoke_queries)
     k = smoke_k(manifest)
     emb_BD = retriever.encoder.encode_queries(queries)
     score_BK, row_BK = retriever.search_vectors(emb_BD, k)
-    return [told, check_smoke(manifest, queries, score_BK, row_BK, retriever.passages.hits(score_BK, row_BK))]
+    hits = retriever.passages.hits(score_BK, row_BK)
+    return [Finding("room", "ok", room), check_smoke(manifest, queries, score_BK, row_BK, hits)]
 
 
 def smoke_queries(manifest: dict[str, Any], passages: Passages, num: int) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +191,47 @@ def test_room_is_told_from_what_is_there(two: TwoVersions) -> None:
     assert room.encoder_bytes(manifest) == 2 * weights
     assert 0 < room.free_memory() < 1 << 50
     assert "free memory" in room.check_room(two.root, manifest)
+
+
+def test_only_what_is_loaded_counts(two: TwoVersions, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest, seen = two.manifest(two.new), set[str]()
+    monkeypatch.setattr(room, "_not_cached", lambda root, name, served: seen.update(served) or 0)
+
+    def count(*arguments: Any) -> None:
+        seen.clear()
+        room.check_room(two.root, manifest, *arguments)
+
+    everything = {name for name in manifest["files"] if name.startswith(("shard-", "passages-", "ids-"))}
+    count()
+    assert seen == everything
+    count(room.of_passages)
+    assert seen == {name for name in everything if not name.startswith("shard-")}
+    count(room.of_shards(1, 2), False)
+    assert seen == {"shard-001.faiss", "passages-001.arrow", "ids-001.arrow"}
+    count(room.of_shards(0, 2), False)
+    assert {name for name in seen if name.startswith("shard-")} == {"shard-000.faiss", "shard-002.faiss"}
+    monkeypatch.setattr(room, "free_memory", lambda: 1000)
+    room.check_room(two.root, manifest, room.of_shards(0, 2), False)  # no encoder: nothing that has to fit
+
+
+def test_replicas_of_one_machine_make_sure_of_room_one_after_the_other(
+    two: TwoVersions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = two.manifest(two.new)
+    taken, weights = [0], room.encoder_bytes(manifest)
+    monkeypatch.setattr(room, "free_memory", lambda: 2 * weights - taken[0])
+
+    def load(_: int) -> str:
+        try:
+            with room.room_for(two.root, manifest):
+                time.sleep(0.05)
+                taken[0] += weights
+                return "loaded"
+        except PinakesError:
+            return "no room"
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sorted(pool.map(load, range(4))) == ["loaded", "loaded", "no room", "no room"]
 
 
 def test_an_alias_moved_meanwhile_is_left_alone(two: TwoVersions) -> None:
