@@ -67,9 +67,11 @@ class Versions(Generic[L]):
     def start(self) -> None:
         """Load what every alias points to, and the pinned versions. Raises what loading raises."""
         for alias in self.aliases:
-            state = publish.read_alias(self.root, alias)
-            self.prepare(alias, str(state["current"]))
-            self.activate(alias, state)
+            loaded = None
+            while (state := publish.read_alias(self.root, alias)) != loaded:  # also what is promoted while it loads
+                self.prepare(alias, str(state["current"]))
+                self.activate(alias, state, even_older=True)
+                loaded = state
         for version in self._pinned:
             self.prepare(self.aliases[0], version)
 

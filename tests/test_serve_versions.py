@@ -299,6 +299,17 @@ def test_a_replica_follows_what_another_process_promoted(two: TwoVersions) -> No
     assert late.loaded == {two.old, two.new}  # and warms the one before
 
 
+def test_a_replica_that_starts_during_a_switch_comes_up_on_what_was_promoted(two: TwoVersions) -> None:
+    def load(manifest: dict[str, Any]) -> Retriever:
+        publish.promote(two.root, ALIAS, two.new)
+        return Retriever(two.root, manifest)
+
+    versions: Versions[Retriever] = Versions(two.root, [ALIAS], [], load)
+    versions.start()
+    assert versions.now.aliases[ALIAS].current == two.new
+    assert set(versions.now.loaded) == {(ALIAS, two.old), (ALIAS, two.new)}
+
+
 def test_a_replica_that_cannot_follow_goes_on_and_says_so(two: TwoVersions) -> None:
     replica = Replica(two)
     replica.broken.add(two.new)
