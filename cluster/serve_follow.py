@@ -40,7 +40,11 @@ class Follower:
             await asyncio.sleep(self._seconds)
 
     async def catch_up(self) -> None:
-        """Load what the alias files point to and what should be warm beside it, then switch to it."""
+        """Load what the alias files point to and what should be warm beside it, then switch to it.
+
+        Versions that were prepared long ago and in vain are let go of.
+        """
+        self._versions.sweep()
         for alias, state in await asyncio.to_thread(self._versions.behind):
             for version in (state["current"], state["previous"]):
                 if version is not None and await self._could_prepare(alias, str(version)):

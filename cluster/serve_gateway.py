@@ -33,7 +33,7 @@ from pipelines.retrieve import Retriever, check_k
 from pipelines.room import of_passages
 from pipelines.schema import Hit
 
-_LOAD_SECONDS = 1200.0  # for shards to load a version; less than all gateways are given for it, as is the next
+_LOAD_SECONDS = 600.0  # for shards to load a version; less than all gateways are given for it, as is the next
 _SHARD_SECONDS = 5.0  # for shards to switch to a version, or to let go of one
 _MANY_HITS = 256  # more are fetched on a thread, so that other requests go on
 _FACTS = ("num_rows", "dim", "factory", "metric", "num_shards", "recall", "search_params", "created")

@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -17,12 +16,13 @@ from ray import serve
 from ray.exceptions import RayActorError
 
 from cluster.batcher import Wanted
+from cluster.serve_follow import Follower
 from cluster.serve_versions import Versions
 from cluster.session import unwrap
 from cluster.switch import broadcast
 from pipelines.answer import answers_within, load_reader
 from pipelines.config import AnswerConfig, RerankConfig
-from pipelines.errors import BusyError, PinakesError
+from pipelines.errors import BusyError
 from pipelines.filters import Filter
 from pipelines.guard_process import device_lost
 from pipelines.index.search import merge_topk
@@ -69,7 +69,14 @@ class Shard:
     """Deployment `number` of `num_deployments`: the shards number, number + num_deployments, … of every version."""
 
     def __init__(
-        self, root: str, aliases: Sequence[str], pinned: Sequence[str], number: int, num_deployments: int, device: str
+        self,
+        root: str,
+        aliases: Sequence[str],
+        pinned: Sequence[str],
+        number: int,
+        num_deployments: int,
+        device: str,
+        follow_seconds: float,
     ) -> None:
         """device: "cuda" to search all vectors there; "cpu" to search by the index."""
         searched_on = None if device == "cpu" else device
@@ -81,10 +88,8 @@ class Shard:
 
         self.versions: Versions[ShardGroup] = Versions(root, aliases, pinned, load)
         self.versions.start()
-        for alias, pointer in self.versions.now.aliases.items():
-            if pointer.previous is not None:
-                with suppress(PinakesError):  # whoever rolls back to it is told
-                    self.versions.prepare(alias, pointer.previous)
+        follower = Follower(self.versions, self.prepare, self.activate, follow_seconds)
+        self._following = asyncio.get_running_loop().create_task(follower.run())
 
     async def prepare(self, alias: str, version: str) -> None:
         """Load this deployment's shards of a version beside the others."""

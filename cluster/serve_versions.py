@@ -18,7 +18,8 @@ from pipelines import publish
 from pipelines.errors import ArtifactError, nearest
 from pipelines.room import room_for
 
-_UNUSED_SECONDS = 600.0  # a version that was prepared and never activated goes after this
+_UNUSED_SECONDS = 1200.0
+"""A version that was prepared and never activated goes after this: longer than any replica is given to load it."""
 
 
 class Loaded(Protocol):
@@ -130,14 +131,20 @@ class Versions(Generic[L]):
                 return False
             if (alias, pointer.current) not in now.loaded:
                 raise ArtifactError(f"version {pointer.current} of {alias!r} is not loaded here")
+            for version in (pointer.current, str(pointer.previous)):  # kept as such, and no longer once they are not
+                self._prepared.pop((alias, version), None)
             self.now = self._kept(Picture(now.loaded, {**now.aliases, alias: pointer}))
-            self._prepared.pop((alias, pointer.current), None)
             return True
 
     def release(self, alias: str, version: str) -> None:
         """Let go of a version that was prepared, unless it is current, previous or pinned."""
         with self._swapping:
             self._prepared.pop((alias, version), None)
+            self.now = self._kept(self.now)
+
+    def sweep(self) -> None:
+        """Let go of versions that were prepared long ago, and are neither current, previous nor pinned."""
+        with self._swapping:
             self.now = self._kept(self.now)
 
     def _kept(self, picture: Picture[L]) -> Picture[L]:

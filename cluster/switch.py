@@ -27,7 +27,7 @@ from pipelines.storage import Store, cache_dir
 
 APPLICATION = "pinakes"
 _FIND_SECONDS = 10.0  # for a gateway's word that it serves an alias
-_LOAD_SECONDS = 1800.0  # for all replicas to load a version
+_LOAD_SECONDS = 900.0  # for all replicas to load a version
 _SWITCH_SECONDS = 10.0  # for all to switch to one that is loaded
 
 

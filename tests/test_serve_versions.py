@@ -24,7 +24,7 @@ from cluster import cli, switch
 from cluster.cli_switch import _summary
 from cluster.serve_follow import Follower
 from cluster.serve_gateway import Gateway
-from cluster.serve_stages import ShardDeployments
+from cluster.serve_stages import Shard, ShardDeployments
 from cluster.serve_versions import Versions
 from pipelines import publish
 from pipelines.config import PromoteConfig
@@ -274,6 +274,37 @@ def test_a_pinned_version_answers_smoke_queries_before_it_is_promoted(two: TwoVe
     assert asked == [two.new, two.new]
     asyncio.run(replica.prepare(ALIAS, two.old))  # it has answered for the alias
     assert asked == [two.new, two.new]
+
+
+def test_no_third_version_stays_once_it_is_neither_current_nor_previous(two: TwoVersions) -> None:
+    versions = Replica(two).versions
+    versions.prepare(ALIAS, two.new)
+    versions.activate(ALIAS, two.state(two.old, moves=2))  # the other one, just loaded, is its previous version
+    versions.activate(ALIAS, {**two.state(two.old, moves=3), "previous": None})
+    assert set(versions.now.loaded) == {(ALIAS, two.old)}
+
+
+def test_what_a_straggler_loads_again_goes_in_time(two: TwoVersions, monkeypatch: pytest.MonkeyPatch) -> None:
+    replica = Replica(two)
+    replica.versions.prepare(ALIAS, two.new)  # a request that names it, say, or a call that came too late
+    asyncio.run(replica.follower.catch_up())
+    assert replica.loaded == {two.old, two.new}
+    monkeypatch.setattr("cluster.serve_versions._UNUSED_SECONDS", -1.0)
+    asyncio.run(replica.follower.catch_up())
+    assert replica.loaded == {two.old}
+
+
+def test_a_shard_deployment_follows_the_alias_as_well(two: TwoVersions) -> None:
+    async def follow() -> None:
+        shard = Shard.func_or_class(two.root, [ALIAS], [], 0, 2, "cpu", 0.01)
+        publish.promote(two.root, ALIAS, two.new)
+        while shard.versions.now.aliases[ALIAS].current != two.new:
+            await asyncio.sleep(0.01)
+        assert set(shard.versions.now.loaded) == {(ALIAS, two.old), (ALIAS, two.new)}
+        assert set(shard.versions.take(ALIAS)[1].shards) == {0, 2}
+        shard._following.cancel()
+
+    asyncio.run(asyncio.wait_for(follow(), 30))
 
 
 def test_a_version_prepared_in_vain_is_let_go_of(two: TwoVersions) -> None:
