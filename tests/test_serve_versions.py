@@ -354,6 +354,18 @@ def test_a_replica_that_cannot_follow_goes_on_and_says_so(two: TwoVersions) -> N
     assert replica.follower.troubles == {}
 
 
+def test_troubles_with_a_version_that_no_alias_points_to_any_more_are_forgotten(two: TwoVersions) -> None:
+    replica = Replica(two)
+    replica.broken.add(two.new)
+    publish.promote(two.root, ALIAS, two.new)
+    asyncio.run(replica.follower.catch_up())
+    assert set(replica.follower.troubles) == {(ALIAS, two.new)}
+    Path(two.root, "aliases", f"{ALIAS}.json").unlink()
+    publish.promote(two.root, ALIAS, two.old)
+    asyncio.run(replica.follower.catch_up())
+    assert (replica.follower.troubles, replica.current) == ({}, two.old)
+
+
 def test_a_store_out_of_reach_stops_nothing(two: TwoVersions, monkeypatch: pytest.MonkeyPatch) -> None:
     replica = Replica(two)
 
