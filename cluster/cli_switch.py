@@ -55,7 +55,7 @@ def _summary(result: dict[str, Any]) -> str:
     elif not behind:
         lines += ["  no server within reach was told; those that follow this root do so within seconds"]
     if behind:
-        lines += [f"  {_counted(behind)} did not switch yet: {result['cause']}; `/aliases` says what does not load"]
+        lines += [f"  {_counted(behind)} did not switch, or not with all shards: {result['cause']}"]
     return "\n".join(lines)
 
 
