@@ -79,7 +79,7 @@ class Gateway:
         self.versions.start()
         # What answers was promoted; a pinned version that is loaded has shown nothing yet.
         self._tried = {(alias, pointer.current) for alias, pointer in self.versions.now.aliases.items()}
-        self.follower = Follower(self.versions, self.prepare, self.activate, self.config.follow_seconds)
+        self.follower = Follower(self.versions, self._make_ready, self.activate, self.config.follow_seconds)
         self._following = asyncio.get_running_loop().create_task(self.follower.run())
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -249,16 +249,21 @@ class Gateway:
         """Load a version beside the others and try it; return the findings. Of one that was tried or answers, none."""
         counts = of_passages if len(self.shards) else bool
         room = await asyncio.to_thread(self.versions.prepare_if_room, alias, version, counts)
-        await self.shards.tell(_LOAD_SECONDS, "prepare", alias, version)
-        if room is None and (alias, version) in self._tried:
-            return []
         try:
+            await self.shards.tell(_LOAD_SECONDS, "prepare", alias, version)
+            if room is None and (alias, version) in self._tried:
+                return []
             smoke = await self._smoke(self.versions.take(alias, version)[1])
         except BaseException:
             await self.release(alias, version)
             raise
         self._tried.add((alias, version))
         return [smoke] if room is None else [{"check": "room", "state": "ok", "what": room}, smoke]
+
+    async def _make_ready(self, alias: str, version: str) -> None:
+        """Prepare a version, unless it was before: a shard that hangs does not hold up following a rollback."""
+        if (alias, version) not in self._tried & self.versions.now.loaded.keys():
+            await self.prepare(alias, version)
 
     async def _smoke(self, retriever: Retriever) -> dict[str, str]:
         queries = smoke_queries(retriever.manifest, retriever.passages, self.settings.smoke_queries)

@@ -307,6 +307,28 @@ def test_a_shard_deployment_follows_the_alias_as_well(two: TwoVersions) -> None:
     asyncio.run(asyncio.wait_for(follow(), 30))
 
 
+def test_following_a_rollback_asks_no_shards_and_a_damaged_one_leaves_nothing_loaded(two: TwoVersions) -> None:
+    class Spread(Replica):
+        async def prepare(self, alias: str, version: str) -> list[Any]:
+            return list(await GATEWAY.prepare(self, alias, version))
+
+        async def release(self, alias: str, version: str) -> None:
+            await GATEWAY.release(self, alias, version)
+
+        async def _make_ready(self, alias: str, version: str) -> None:
+            await GATEWAY._make_ready(self, alias, version)
+
+    replica = Spread(two)
+    promote(two, Replica(two))
+    replica.shards = ShardDeployments([Handle([ArtifactError("the shard is damaged")])], 1)
+    with pytest.raises(ArtifactError, match="damaged"):
+        asyncio.run(replica._make_ready(ALIAS, two.new))
+    assert replica.loaded == {two.old}
+    asyncio.run(replica._make_ready(ALIAS, two.old))
+    with pytest.raises(ArtifactError, match="damaged"):
+        asyncio.run(replica.prepare(ALIAS, two.old))
+
+
 def test_a_version_prepared_in_vain_is_let_go_of(two: TwoVersions) -> None:
     versions = Replica(two).versions
     versions.prepare(ALIAS, two.new)
