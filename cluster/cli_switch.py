@@ -13,6 +13,9 @@ app = typer.Typer()
 Name = Annotated[str, typer.Argument(help="The alias (the index's name).")]
 Root = Annotated[str, typer.Option("--root", help="The root folder or s3:// URL.", envvar="PINAKES_ROOT")]
 Force = Annotated[bool, typer.Option("--force", help="Promote it also if it scores worse; never with damaged files.")]
+Loss = Annotated[
+    float | None, typer.Option(min=0, max=1, help="The most that a score may fall.  [default: the server's, or 0.01]")
+]
 Address = Annotated[str | None, typer.Option(help="The Ray cluster that serves it, if it runs elsewhere.")]
 
 
@@ -21,16 +24,15 @@ def promote(
     name: Name,
     version: Annotated[str, typer.Argument(help="A published version.")],
     root: Root = "pinakes-data",
-    max_quality_loss: Annotated[float, typer.Option(min=0, max=1, help="The most that a score may fall.")] = 0.01,
+    max_quality_loss: Loss = None,
     force: Force = False,
     address: Address = None,
     json_: Json = False,
 ) -> None:
     """Check a version, load it on every replica that serves, and point the alias to it."""
     from cluster.switch import promote_from_here
-    from pipelines.config import PromoteConfig
 
-    settings = PromoteConfig(max_quality_loss=max_quality_loss)
+    settings = {} if max_quality_loss is None else {"max_quality_loss": max_quality_loss}
     show(promote_from_here(root, name, version, settings, force, address), json_, _summary)
 
 
@@ -45,12 +47,17 @@ def rollback(name: Name, root: Root = "pinakes-data", address: Address = None, j
 def _summary(result: dict[str, Any]) -> str:
     from cluster.summaries import alias_lines
 
-    lines = alias_lines(result)
+    lines, behind = alias_lines(result), result.get("behind", 0)
     if result["replicas"]:
         seconds = result["seconds"]
-        plural = "replica" if result["replicas"] == 1 else "replicas"
-        lines += [f"  {result['replicas']} {plural}: loaded in {seconds['prepare']:.2f} s, switched in "
+        lines += [f"  {_counted(result['replicas'])}: loaded in {seconds['prepare']:.2f} s, switched in "
                   f"{seconds['switch']:.3f} s"]  # fmt: skip
-    else:
+    elif not behind:
         lines += ["  no server within reach was told; those that follow this root do so within seconds"]
+    if behind:
+        lines += [f"  {_counted(behind)} did not switch, or not with all shards: {result['cause']}"]
     return "\n".join(lines)
+
+
+def _counted(number: int) -> str:
+    return f"{number} {'replica' if number == 1 else 'replicas'}"

@@ -71,7 +71,8 @@ def _promoted(config: Config, version: str, force: bool) -> dict[str, Any]:
     root, name = config.root, config.index.name
     if name in publish.list_aliases(root) and (state := publish.read_alias(root, name))["current"] == version:
         return {"name": name, **state}
-    return promote_from_here(root, name, version, config.promote, force, config.cluster.address)
+    settings = config.promote.model_dump(exclude_unset=True)
+    return promote_from_here(root, name, version, settings, force, config.cluster.address)
 
 
 def evaluate(config: Config, version: str | None, progress: Progress) -> dict[str, Any]:

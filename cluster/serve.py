@@ -53,7 +53,7 @@ def application(aliases: list[str], config: Config) -> Any:
         takes = {"num_cpus": _SHARD_CPUS, "num_gpus": settings.gpus_per_shard}
         shards = [
             _deployment(Shard, settings, settings.shard_replicas, name=f"shard-{n}", **takes).bind(
-                root, aliases, pinned, n, number, device
+                root, aliases, pinned, n, number, device, settings.follow_seconds
             )
             for n in range(number)
         ]

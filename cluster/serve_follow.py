@@ -40,11 +40,23 @@ class Follower:
             await asyncio.sleep(self._seconds)
 
     async def catch_up(self) -> None:
-        """Load what the alias files point to and what should be warm beside it, then switch to it."""
-        for alias, state in await asyncio.to_thread(self._versions.behind):
-            for version in (state["current"], state["previous"]):
-                if version is not None and await self._could_prepare(alias, str(version)):
-                    await self._switch(alias)
+        """Load what the alias files point to and what should be warm beside it, then switch to it.
+
+        Versions that were prepared long ago and in vain are let go of, and troubles with what is no longer wanted.
+        """
+        self._versions.sweep()
+        wanted = [
+            (alias, str(version))
+            for alias, state in await asyncio.to_thread(self._versions.behind)
+            for version in (state["current"], state["previous"])
+            if version is not None
+        ]
+        for kept in (self._waits, self.troubles):  # what no alias wants any more is no problem any more
+            for key in kept.keys() - set(wanted):
+                del kept[key]
+        for alias, version in wanted:
+            if await self._could_prepare(alias, version):
+                await self._switch(alias)
 
     async def _switch(self, alias: str) -> None:
         # Loading takes a while: the file is read again, and what it says by now is what counts.

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,10 +31,12 @@ from pipelines.config import PromoteConfig, ServeConfig
 from pipelines.errors import ArtifactError, ConfigError, PinakesError
 from pipelines.gate import check_smoke, smoke_k, smoke_queries
 from pipelines.retrieve import Retriever, check_k, encoder_name
-from pipelines.room import check_room
+from pipelines.room import of_passages
 from pipelines.schema import Hit
 
 _log = logging.getLogger("ray.serve")
+_LOAD_SECONDS = 600.0  # for shards to load a version; less than all gateways are given for it, as is the next
+_SHARD_SECONDS = 5.0  # for shards to switch to a version, or to let go of one
 _MANY_HITS = 256  # more are fetched on a thread, so that other requests go on
 _FACTS = ("num_rows", "dim", "factory", "metric", "num_shards", "recall", "search_params", "created")
 
@@ -76,7 +79,9 @@ class Gateway:
         self.batcher = Batcher(self.config.batch_tokens, num_threads)
         self.versions: Versions[Retriever] = Versions(root, aliases, self.config.versions, self._load)
         self.versions.start()
-        self.follower = Follower(self.versions, self.prepare, self.activate, self.config.follow_seconds)
+        # What answers was promoted; a pinned version that is loaded has shown nothing yet.
+        self._tried = {(alias, pointer.current) for alias, pointer in self.versions.now.aliases.items()}
+        self.follower = Follower(self.versions, self._make_ready, self.activate, self.config.follow_seconds)
         self._following = asyncio.get_running_loop().create_task(self.follower.run())
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -220,9 +225,9 @@ class Gateway:
     async def promote(
         self, alias: str, version: str, force: bool, settings: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Switch an alias on all replicas. settings: a PromoteConfig, dumped, in place of the config's."""
+        """Switch an alias on all replicas. settings: keys of PromoteConfig in place of the config's."""
         self._check_alias(alias)
-        chosen = self.settings if settings is None else PromoteConfig(**settings)
+        chosen = PromoteConfig(**{**self.settings.model_dump(), **(settings or {})})
         return await switch.promote(self._fleet(), self.root, alias, version, chosen, force)
 
     async def rollback(self, alias: str) -> dict[str, Any]:
@@ -239,21 +244,24 @@ class Gateway:
             raise ArtifactError(f"there is no alias {alias!r} here; served: {', '.join(self.versions.aliases)}")
 
     async def prepare(self, alias: str, version: str) -> list[dict[str, str]]:
-        """Load a version beside the others and try it; return the findings. Of one that is loaded, none."""
-        is_new = (alias, version) not in self.versions.now.loaded
-        if is_new:
-            manifest = await asyncio.to_thread(publish.read_version, self.root, alias, version)
-            room = await asyncio.to_thread(check_room, self.root, manifest)
-        retriever = await asyncio.to_thread(self.versions.prepare, alias, version)
-        await self.shards.tell("prepare", alias, version)
-        if not is_new:
-            return []
+        """Load a version beside the others and try it; return the findings. Of one that was tried or answers, none."""
+        counts = of_passages if len(self.shards) else bool
+        room = await asyncio.to_thread(self.versions.prepare_if_room, alias, version, counts)
         try:
-            smoke = await self._smoke(retriever)
+            await self.shards.tell(_LOAD_SECONDS, "prepare", alias, version)
+            if room is None and (alias, version) in self._tried:
+                return []
+            smoke = await self._smoke(self.versions.take(alias, version)[1])
         except BaseException:
             await self.release(alias, version)
             raise
-        return [{"check": "room", "state": "ok", "what": room}, smoke]
+        self._tried.add((alias, version))
+        return [smoke] if room is None else [{"check": "room", "state": "ok", "what": room}, smoke]
+
+    async def _make_ready(self, alias: str, version: str) -> None:
+        """Prepare a version, unless it was before: a shard that hangs does not hold up following a rollback."""
+        if (alias, version) not in self._tried & self.versions.now.loaded.keys():
+            await self.prepare(alias, version)
 
     async def _smoke(self, retriever: Retriever) -> dict[str, str]:
         queries = smoke_queries(retriever.manifest, retriever.passages, self.settings.smoke_queries)
@@ -266,14 +274,18 @@ class Gateway:
 
     async def activate(self, alias: str, state: dict[str, Any], even_older: bool = False) -> str:
         """Answer by the version that `state` points to from now on; return the version answered by."""
-        self.versions.activate(alias, state, even_older=even_older)
-        await self.shards.tell("activate", alias, state, even_older)
+        if self.versions.activate(alias, state, even_older=even_older):
+            self._tried.add((alias, str(state["current"])))
+            await self.shards.tell(_SHARD_SECONDS, "activate", alias, state, even_older)
+        else:
+            await self.follower.catch_up()  # overtaken, or the alias file was made anew: what it says counts
         return self.versions.now.aliases[alias].current
 
     async def release(self, alias: str, version: str) -> None:
         """Let go of a version that was prepared in vain."""
         self.versions.release(alias, version)
-        await self.shards.tell("release", alias, version)
+        with suppress(Exception):  # what was prepared is let go of in time, whether the shards hear of it or not
+            await self.shards.tell(_SHARD_SECONDS, "release", alias, version)
 
 
 async def _stage_result(stage: str, asked: Any) -> Any:

@@ -8,24 +8,28 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from ray import serve
 from ray.exceptions import RayActorError
 
 from cluster.batcher import Wanted
+from cluster.serve_follow import Follower
 from cluster.serve_versions import Versions
+from cluster.session import unwrap
+from cluster.switch import broadcast
 from pipelines.answer import answers_within, load_reader
 from pipelines.config import AnswerConfig, RerankConfig
-from pipelines.errors import BusyError, PinakesError
+from pipelines.errors import BusyError
 from pipelines.filters import Filter
 from pipelines.guard_process import device_lost
 from pipelines.index.search import merge_topk
 from pipelines.models.base import Answer
 from pipelines.rerank import load_reranker, rerank_within
 from pipelines.retrieve import LocalShard
+from pipelines.room import of_shards
 from pipelines.schema import Hit
 
 _log = logging.getLogger("ray.serve")
@@ -65,11 +69,18 @@ class Shard:
     """Deployment `number` of `num_deployments`: the shards number, number + num_deployments, … of every version."""
 
     def __init__(
-        self, root: str, aliases: Sequence[str], pinned: Sequence[str], number: int, num_deployments: int, device: str
+        self,
+        root: str,
+        aliases: Sequence[str],
+        pinned: Sequence[str],
+        number: int,
+        num_deployments: int,
+        device: str,
+        follow_seconds: float,
     ) -> None:
         """device: "cuda" to search all vectors there; "cpu" to search by the index."""
         searched_on = None if device == "cpu" else device
-        self.device_watch = DeviceWatch()
+        self.device_watch, self._counts = DeviceWatch(), of_shards(number, num_deployments)
 
         def load(manifest: dict[str, Any]) -> ShardGroup:
             mine = range(number, manifest["num_shards"], num_deployments)
@@ -77,14 +88,12 @@ class Shard:
 
         self.versions: Versions[ShardGroup] = Versions(root, aliases, pinned, load)
         self.versions.start()
-        for alias, pointer in self.versions.now.aliases.items():
-            if pointer.previous is not None:
-                with suppress(PinakesError):  # whoever rolls back to it is told
-                    self.versions.prepare(alias, pointer.previous)
+        follower = Follower(self.versions, self.prepare, self.activate, follow_seconds)
+        self._following = asyncio.get_running_loop().create_task(follower.run())
 
     async def prepare(self, alias: str, version: str) -> None:
         """Load this deployment's shards of a version beside the others."""
-        await asyncio.to_thread(self.versions.prepare, alias, version)
+        await asyncio.to_thread(self.versions.prepare_if_room, alias, version, self._counts, False)
 
     async def activate(self, alias: str, state: dict[str, Any], even_older: bool) -> None:
         """Let go of what is neither current nor previous in `state`."""
@@ -144,9 +153,15 @@ class ShardDeployments:
             raise BusyError("no shard answered in time", hint="ask again later, or allow more time")
         return merge_topk([part for part in found if part is not None], wanted[0]), lost
 
-    async def tell(self, method: str, *arguments: Any) -> None:
-        """Call `method` of every replica of every deployment; raise what one raised."""
-        await asyncio.gather(*(h.broadcast(method, *arguments).results_async() for h in self._handles))
+    async def tell(self, seconds: float, method: str, *arguments: Any) -> None:
+        """Call `method` of every replica of every deployment, and wait so long at most; raise what one raised.
+
+        A deployment without replicas does not count: they come up by the alias.
+        """
+        told = await asyncio.gather(*(broadcast(h, seconds, method, *arguments) for h in self._handles))
+        for error in chain.from_iterable(told):
+            if isinstance(error, BaseException):
+                raise unwrap(error)
 
 
 async def _answer_of(handle: Any, until: float, *arguments: Any) -> Any:

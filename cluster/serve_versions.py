@@ -16,8 +16,10 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from pipelines import publish
 from pipelines.errors import ArtifactError, nearest
+from pipelines.room import room_for
 
-_UNUSED_SECONDS = 600.0  # a version that was prepared and never activated goes after this
+_UNUSED_SECONDS = 1200.0
+"""A version that was prepared and never activated goes after this: longer than any replica is given to load it."""
 
 
 class Loaded(Protocol):
@@ -66,9 +68,11 @@ class Versions(Generic[L]):
     def start(self) -> None:
         """Load what every alias points to, and the pinned versions. Raises what loading raises."""
         for alias in self.aliases:
-            state = publish.read_alias(self.root, alias)
-            self.prepare(alias, str(state["current"]))
-            self.activate(alias, state)
+            loaded = None
+            while (state := publish.read_alias(self.root, alias)) != loaded:  # also what is promoted while it loads
+                self.prepare(alias, str(state["current"]))
+                self.activate(alias, state, even_older=True)
+                loaded = state
         for version in self._pinned:
             self.prepare(self.aliases[0], version)
 
@@ -100,6 +104,19 @@ class Versions(Generic[L]):
                 self.now = replace(self.now, loaded={**self.now.loaded, (alias, version): loaded})
             return loaded
 
+    def prepare_if_room(
+        self, alias: str, version: str, counts: Callable[[str], bool] = bool, encoder: bool = True
+    ) -> str | None:
+        """Load a version beside the others; return the room for it, None for one that is loaded.
+
+        counts, encoder: as of `check_room`. Raises PinakesError where there is no room, and what loading raises.
+        """
+        if (alias, version) in self.now.loaded:
+            return None
+        with room_for(self.root, publish.read_version(self.root, alias, version), counts, encoder) as told:
+            self.prepare(alias, version)
+        return told
+
     def activate(self, alias: str, state: Mapping[str, Any], *, even_older: bool = False) -> bool:
         """Answer by the version that `state` (an alias file's content) points to, which must be loaded.
 
@@ -114,14 +131,20 @@ class Versions(Generic[L]):
                 return False
             if (alias, pointer.current) not in now.loaded:
                 raise ArtifactError(f"version {pointer.current} of {alias!r} is not loaded here")
+            for version in (pointer.current, str(pointer.previous)):  # kept as such, and no longer once they are not
+                self._prepared.pop((alias, version), None)
             self.now = self._kept(Picture(now.loaded, {**now.aliases, alias: pointer}))
-            self._prepared.pop((alias, pointer.current), None)
             return True
 
     def release(self, alias: str, version: str) -> None:
         """Let go of a version that was prepared, unless it is current, previous or pinned."""
         with self._swapping:
             self._prepared.pop((alias, version), None)
+            self.now = self._kept(self.now)
+
+    def sweep(self) -> None:
+        """Let go of versions that were prepared long ago, and are neither current, previous nor pinned."""
+        with self._swapping:
             self.now = self._kept(self.now)
 
     def _kept(self, picture: Picture[L]) -> Picture[L]:

@@ -3,8 +3,8 @@
     gate -> prepare on every replica -> alias moved, if nobody else did -> activate on every replica
 
 Nothing changes before every replica has the version loaded and has answered smoke queries with it. The alias file is
-the truth: a replica that misses the last step, or starts later, follows the file by itself. Rolling back leaves the
-gate out, because the version before is still loaded.
+the truth: a replica that misses the last step, or starts later, follows the file by itself. Rolling back moves the
+alias at once and tells the replicas then: they hold the version before, and none that is down can hold it up.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from pipelines.manifest import fingerprint
 from pipelines.storage import Store, cache_dir
 
 APPLICATION = "pinakes"
+_FIND_SECONDS = 10.0  # for a gateway's word that it serves an alias
+_LOAD_SECONDS = 900.0  # for all replicas to load a version
+_SWITCH_SECONDS = 10.0  # for all to switch to one that is loaded
 
 
 class Fleet(Protocol):
@@ -36,7 +39,10 @@ class Fleet(Protocol):
         ...
 
     async def activate(self, alias: str, state: dict[str, Any]) -> list[Any]:
-        """Answer by the version that the alias's `state` points to, everywhere; return one entry a replica."""
+        """Answer by the version that the alias's `state` points to, everywhere.
+
+        Returns for each replica the version that it answers by then, or what it raised.
+        """
         ...
 
     async def release(self, alias: str, version: str) -> None:
@@ -51,16 +57,31 @@ class Replicas:
         self._handle = handle
 
     async def prepare(self, alias: str, version: str) -> list[Any]:
-        return await self._all("prepare", alias, version)
+        return await broadcast(self._handle, _LOAD_SECONDS, "prepare", alias, version)
 
     async def activate(self, alias: str, state: dict[str, Any]) -> list[Any]:
-        return await self._all("activate", alias, state)
+        return await broadcast(self._handle, _SWITCH_SECONDS, "activate", alias, state)
 
     async def release(self, alias: str, version: str) -> None:
-        await self._all("release", alias, version)
+        await broadcast(self._handle, _SWITCH_SECONDS, "release", alias, version)
 
-    async def _all(self, method: str, *arguments: Any) -> list[Any]:
-        return list(await self._handle.broadcast(method, *arguments).results_async(return_exceptions=True))
+
+async def broadcast(handle: Any, seconds: float, method: str, *arguments: Any) -> list[Any]:
+    """Return what each replica of a deployment answered or raised; a PinakesError where that took too long.
+
+    Replicas that died are left out, and so is a deployment that has none just now: they come back by the alias.
+    """
+    from ray.exceptions import RayActorError
+    from ray.serve.exceptions import DeploymentUnavailableError
+
+    try:
+        found = await handle.broadcast(method, *arguments).results_async(timeout_s=seconds, return_exceptions=True)
+    except DeploymentUnavailableError:
+        return []
+    except TimeoutError:
+        what = f"not every replica of {handle.deployment_name} answered {method!r} within {seconds:g} s"
+        return [PinakesError(what, hint="look at its log; `ray status` shows what hangs or waits")]
+    return [one for one in found if not isinstance(one, RayActorError)]
 
 
 class NoReplicas:
@@ -99,8 +120,8 @@ async def promote(
 
 async def rollback(fleet: Fleet, root: str, alias: str) -> dict[str, Any]:
     """Switch an alias back to its previous version, which the replicas still hold. Raises ConfigError without one."""
-    before = publish.read_alias(root, alias)
-    return await _switch(fleet, root, alias, publish.previous_of(alias, before), str(before["current"]))
+    state = await asyncio.to_thread(publish.rollback, root, alias)
+    return await _tell(fleet, alias, state, [], 0.0)
 
 
 async def _switch(fleet: Fleet, root: str, alias: str, version: str, before: str | None) -> dict[str, Any]:
@@ -109,35 +130,47 @@ async def _switch(fleet: Fleet, root: str, alias: str, version: str, before: str
     try:
         prepared = await fleet.prepare(alias, version)
         _check_all(prepared, alias, version)
-        ready = time.monotonic()
+        seconds = time.monotonic() - began
         state = await asyncio.to_thread(publish.promote, root, alias, version, before)
     except BaseException:
         if version != before:
             await fleet.release(alias, version)
         raise
-    switched = await fleet.activate(alias, state)
-    seconds = {"prepare": round(ready - began, 3), "switch": round(time.monotonic() - ready, 3)}
-    findings: list[Any] = next((one for one in prepared if not isinstance(one, BaseException)), [])
-    num_switched = sum(not isinstance(one, BaseException) for one in switched)
-    return {**state, "name": alias, "gate": findings, "replicas": num_switched, "seconds": seconds}
+    return await _tell(fleet, alias, state, prepared[0] if prepared else [], seconds)
+
+
+async def _tell(
+    fleet: Fleet, alias: str, state: dict[str, Any], findings: list[Any], loading_seconds: float
+) -> dict[str, Any]:
+    """Switch all replicas to what the alias points to; return `state`, with how many of them did.
+
+    behind, cause: how many did not, and why the first did not, where there are such.
+    """
+    began = time.monotonic()
+    answers = await fleet.activate(alias, state)
+    seconds = {"prepare": round(loading_seconds, 3), "switch": round(time.monotonic() - began, 3)}
+    behind = [one for one in answers if one != state["current"]]
+    result = {**state, "name": alias, "gate": findings, "replicas": len(answers) - len(behind), "seconds": seconds}
+    return {**result, "behind": len(behind), "cause": _why(behind[0])} if behind else result
+
+
+def _why(answer: Any) -> str:
+    if not isinstance(answer, BaseException):
+        return f"it still answers by version {answer}"
+    error = _cause(answer)
+    return error.what if isinstance(error, PinakesError) else type(error).__name__
 
 
 def _check_all(prepared: list[Any], alias: str, version: str) -> None:
-    """Raise when a replica could not load the version. One that died does not count: it comes back by the alias."""
-    failed = [one for one in prepared if isinstance(one, BaseException) and not _is_gone(one)]
-    if not failed and (not prepared or any(not isinstance(one, BaseException) for one in prepared)):
+    """Raise when a replica could not load the version."""
+    failed = [one for one in prepared if isinstance(one, BaseException)]
+    if not failed:
         return
-    error = _cause((failed or prepared)[0])
-    what = f"{len(failed) or len(prepared)} of {len(prepared)} replicas cannot load version {version} of {alias!r}"
+    error = _cause(failed[0])
+    what = f"{len(failed)} of {len(prepared)} replicas cannot load version {version} of {alias!r}"
     told, hint = (error.what, error.hint) if isinstance(error, PinakesError) else (str(error), "look at their log")
     where = error.where if isinstance(error, PinakesError) else ""
     raise PinakesError(f"{what}, so nothing changed: {told}", where=where, hint=hint) from error
-
-
-def _is_gone(error: BaseException) -> bool:
-    from ray.exceptions import RayActorError
-
-    return isinstance(error, RayActorError)
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -150,27 +183,39 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def promote_from_here(
-    root: str, alias: str, version: str, settings: PromoteConfig, force: bool = False, address: str | None = None
+    root: str, alias: str, version: str, settings: dict[str, Any], force: bool = False, address: str | None = None
 ) -> dict[str, Any]:
     """Promote through the application that serves this root, where one is within reach; else move the alias alone.
 
-    address: a Ray cluster; without it RAY_ADDRESS, else that of a server on this machine. Servers out of reach follow
-    the alias by themselves. Raises what `promote` raises.
+    settings: keys of PromoteConfig that take the place of the application's. address: a Ray cluster; without it
+    RAY_ADDRESS, else that of a server on this machine. Servers out of reach follow the alias by themselves. Raises what
+    `promote` raises.
     """
     publish.read_version(root, alias, version)
     with _gateway(root, alias, address) as gateway:
         if gateway is not None:
-            return dict(gateway.promote.remote(alias, version, force, settings.model_dump()).result())
-    return asyncio.run(promote(NoReplicas(root, settings), root, alias, version, settings, force))
+            return dict(gateway.promote.remote(alias, version, force, settings).result())
+    chosen = PromoteConfig(**settings)
+    return asyncio.run(promote(NoReplicas(root, chosen), root, alias, version, chosen, force))
 
 
 def rollback_from_here(root: str, alias: str, address: str | None = None) -> dict[str, Any]:
-    """Roll back as `promote_from_here` promotes, but without the gate."""
-    publish.previous_of(alias, publish.read_alias(root, alias))
+    """Roll back as `promote_from_here` promotes, but without the gate, and also past a gateway that dies or hangs."""
+    before = publish.read_alias(root, alias)
+    version = publish.previous_of(alias, before)
     with _gateway(root, alias, address) as gateway:
-        if gateway is not None:
-            return dict(gateway.rollback.remote(alias).result())
-    return {**publish.rollback(root, alias), "name": alias, "replicas": 0}
+        if gateway is not None and (told := _rolled_back(gateway, alias)):
+            return told
+    # Where the gateway has moved the alias before it died, this changes nothing.
+    return {**publish.promote(root, alias, version, str(before["current"])), "name": alias, "replicas": 0}
+
+
+def _rolled_back(gateway: Any, alias: str) -> dict[str, Any] | None:
+    from ray.exceptions import RayActorError
+
+    with suppress(RayActorError, TimeoutError):
+        return dict(gateway.rollback.remote(alias).result(timeout_s=3 * _SWITCH_SECONDS))
+    return None
 
 
 @contextmanager
@@ -180,18 +225,23 @@ def _gateway(root: str, alias: str, address: str | None) -> Iterator[Any]:
     if address is None:
         yield None
         return
-    from ray import serve
-    from ray.serve.exceptions import RayServeException
-
     from cluster.session import session
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with session(ClusterConfig(address=address)):
-        try:
-            gateway = serve.get_app_handle(APPLICATION)
-            yield gateway if gateway.serves.remote(place_of(root), alias).result() else None
-        except RayServeException:  # Serve does not run there, or not this application
-            yield None
+        yield _find_gateway(root, alias)
+
+
+def _find_gateway(root: str, alias: str) -> Any:
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        gateway = serve.get_app_handle(APPLICATION)
+        served = gateway.serves.remote(place_of(root), alias).result(timeout_s=_FIND_SECONDS)
+    except (RayServeException, TimeoutError):  # Serve does not run there, or not this application, or no replica of it
+        return None
+    return gateway if served else None
 
 
 def place_of(root: str) -> str:

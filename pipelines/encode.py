@@ -281,12 +281,13 @@ def _similarity(spec: EncoderSpec) -> Similarity:
 
 def local_checkpoint(spec: EncoderSpec, side: Side) -> str:
     """Return the local directory of one side, refusing one whose files are no longer those of `spec`."""
+    from pipelines.models import checkpoint_stamps
     from pipelines.models.fetch import fetch
 
     name = spec.checkpoint if side == "passage" else spec.query_checkpoint
     directory = fetch(name)
     expected = spec.digest if side == "passage" else spec.query_digest
-    if (found := _cached_digest(directory)) != expected:
+    if (found := _cached_digest(directory, checkpoint_stamps(directory))) != expected:
         raise CheckpointError(
             f"the {side} encoder's files are not those that made these embeddings",
             where=directory,
@@ -297,7 +298,7 @@ def local_checkpoint(spec: EncoderSpec, side: Side) -> str:
 
 
 @lru_cache(maxsize=16)
-def _cached_digest(directory: str) -> str:
+def _cached_digest(directory: str, stamps: tuple[Any, ...]) -> str:
     from pipelines.models import checkpoint_digest
 
     return checkpoint_digest(directory)

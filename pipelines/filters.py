@@ -177,11 +177,13 @@ def _shown(value: Any) -> str:
 
 def mask(where: Filter, passages: pa.Table) -> Mask:
     """Return (N,) bool: which of a version's or shard's passages satisfy the filter. Reads the metadata alone."""
-    pieces = [_all_hold(where, chunk) for chunk in passages.column(METADATA).chunks]
+    # Without metadata there are filters that name no field, such as {"any": [{}]}: any column tells how many rows.
+    column = passages.column(METADATA if METADATA in passages.column_names else 0)
+    pieces = [_all_hold(where, chunk) for chunk in column.chunks]
     return np.concatenate(pieces) if pieces else np.zeros(0, np.bool_)
 
 
-def _all_hold(where: Filter, rows: pa.StructArray) -> Mask:
+def _all_hold(where: Filter, rows: pa.Array) -> Mask:
     result = np.ones(len(rows), np.bool_)
     for term in where.terms:
         if isinstance(term, Condition):

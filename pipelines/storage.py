@@ -202,7 +202,7 @@ class Store:
             if not self.create(name, data):
                 raise lost
         elif self.is_local:
-            with _locked(self.path(name) + ".lock"):
+            with locked(self.path(name) + ".lock"):
                 if self.read(name) != expected:
                     raise lost
                 self.put(name, data)
@@ -380,7 +380,8 @@ def _sync_folder(folder: str) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: str) -> Iterator[None]:
+def locked(path: str) -> Iterator[None]:
+    """Hold the lock file at `path`, which one thread of one process of this machine does at a time; wait for it."""
     with open(path, "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

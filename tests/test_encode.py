@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from pipelines import models
 from pipelines.config import EncoderConfig
-from pipelines.encode import Encoder, describe_encoder, resolve, settle_budget
+from pipelines.encode import Encoder, describe_encoder, local_checkpoint, resolve, settle_budget
 from pipelines.errors import CheckpointError, ConfigError
 from pipelines.models.base import Tokens
 from pipelines.models.tokens import flatten, micro_batches, pad
@@ -173,6 +174,24 @@ def test_a_checkpoint_that_changed_under_its_embeddings_is_refused(checkpoint: s
     spec = resolve(EncoderConfig(checkpoint=str(copied), compute="fp32"))
     with pytest.raises(CheckpointError, match="not those that made these embeddings"):
         Encoder(replace(spec, query_digest="0" * 64), "query")
+
+
+def test_weights_replaced_while_the_process_lives_are_found_out(checkpoint: str, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    other = Path(write_sentence_transformer(str(tmp_path / "other"), seed=3))
+    config = EncoderConfig(checkpoint=str(copied), compute="fp32")
+    before, weights = resolve(config), copied / "model.safetensors"
+    Encoder(before, "query")
+    stat = weights.stat()
+    weights.write_bytes((other / "model.safetensors").read_bytes())
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as copies do that keep the times
+    assert weights.stat().st_size == stat.st_size
+    for side in ("query", "passage"):
+        with pytest.raises(CheckpointError, match="not those that made these embeddings"):
+            local_checkpoint(before, side)
+    after = resolve(config)
+    assert after.digest != before.digest
+    assert local_checkpoint(after, "query") == str(copied)
 
 
 def test_two_sides_of_different_similarity_are_refused(tmp_path: Path) -> None:

@@ -132,6 +132,13 @@ def test_http_explains_a_filter_that_cannot_be_meant(client: TestClient, alias: 
     assert told in response.json()["detail"]
 
 
+@pytest.mark.parametrize(("content", "num_hits"), [({"any": [{}]}, 5), ({}, 5)])
+def test_a_filter_may_name_no_field(client: TestClient, content: Any, num_hits: int) -> None:
+    for alias in ("bare", "whole"):
+        response = client.post("/search", json={"query": "x", "k": 5, "alias": alias, "filter": content})
+        assert (response.status_code, len(response.json()["hits"])) == (200, num_hits)
+
+
 def test_the_command_filters(root: str, retrievers: dict[str, Retriever]) -> None:
     arguments = ("search", QUERIES[0], "--root", root, "--name", "sharded", "-k", "4", "--filter")
     found = pinakes_json(*arguments, json.dumps(SOME))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +104,58 @@ def test_a_loss_of_quality_is_refused_unless_allowed_or_forced(two: TwoVersions)
     assert promote(two, force=True)["current"] == two.new
 
 
-def test_evaluations_on_other_questions_are_not_compared(two: TwoVersions) -> None:
+@pytest.mark.parametrize(
+    ("mine", "words"),
+    [
+        (None, "was never evaluated"),
+        ({"mrr@10": 0.9, "settings": "other"}, "different questions"),
+        ({"em": 0.9}, "no score in common"),
+    ],
+)
+def test_a_version_that_cannot_be_compared_with_an_evaluated_one_is_refused(
+    two: TwoVersions, mine: dict[str, Any] | None, words: str
+) -> None:
     evaluated(two, two.old, **{"mrr@10": 0.6})
-    evaluated(two, two.new, **{"mrr@10": 0.1, "settings": "other"})
+    if mine is not None:
+        evaluated(two, two.new, **mine)
+    with pytest.raises(QualityError, match=words) as refused:
+        promote(two)
+    assert f"pinakes evaluate CONFIG --version {two.new}" in refused.value.hint
+    assert "--force" in refused.value.hint
+    assert promote(two, force=True)["current"] == two.new
+
+
+def test_where_the_current_version_was_never_evaluated_nothing_is_compared(two: TwoVersions) -> None:
+    evaluated(two, two.new, **{"mrr@10": 0.6})
     quality = next(check for check in promote(two)["gate"] if check["check"] == "quality")
-    assert quality["state"] == "skipped"
-    assert "different questions" in quality["what"]
+    assert (quality["state"], two.old in quality["next"]) == ("skipped", True)
+
+
+@pytest.mark.parametrize(
+    ("own", "standing", "measured", "factory", "state"),
+    [
+        (None, None, None, "SQ8", "skipped"),
+        (0.9, None, None, "SQ8", "failed"),
+        (None, 0.95, None, "SQ8", "failed"),
+        (None, 0.95, 0.94, "SQ8", "failed"),
+        (0.9, 0.95, 0.94, "SQ8", "failed"),
+        (0.9, 0.95, 0.95, "SQ8", "ok"),
+        (0.95, 0.9, 0.94, "SQ8", "failed"),
+        (None, 0.95, None, "Flat", "ok"),
+        (0.9, None, None, "IDMap2,Flat", "ok"),
+        (None, 0.95, None, "PCA8,Flat", "failed"),
+    ],
+)
+def test_recall_is_held_against_the_larger_of_both_targets(
+    own: float | None, standing: float | None, measured: float | None, factory: str, state: str
+) -> None:
+    recall = None if measured is None else {"k": 10, "value": measured, "num_queries": 100}
+    candidate = {"recall": recall, "factory": factory, "config": {"min_recall": own}}
+    found = gate._recall(candidate, {"config": {"min_recall": standing}})
+    assert found.state == state
+    assert ("of the current version" in found.expected) == (state == "failed" and (standing or 0) > (own or 0))
+    if standing is None:
+        assert gate._recall(candidate, None) == found
 
 
 SCORES = st.dictionaries(
@@ -124,9 +172,9 @@ def test_quality_fails_just_when_a_shared_score_falls_too_far(
     kept = {built.old: {**before, **base, "num_questions": 9}, built.new: {**after, **base, "num_questions": 9}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(publish, "read_evaluation", lambda root, manifest: kept[manifest["version"]])
-        found = gate._quality(built.root, built.manifest(built.new), built.old, allowed)
+        found = gate._quality(built.root, built.manifest(built.new), built.manifest(built.old), allowed)
     losses = [before[name] - after[name] for name in before.keys() & after.keys() - {"num_questions"}]
-    expected = "skipped" if not losses else "failed" if max(losses) > allowed else "ok"
+    expected = "failed" if not losses or max(losses) > allowed else "ok"
     assert found.state == expected
 
 
@@ -143,6 +191,47 @@ def test_room_is_told_from_what_is_there(two: TwoVersions) -> None:
     assert room.encoder_bytes(manifest) == 2 * weights
     assert 0 < room.free_memory() < 1 << 50
     assert "free memory" in room.check_room(two.root, manifest)
+
+
+def test_only_what_is_loaded_counts(two: TwoVersions, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest, seen = two.manifest(two.new), set[str]()
+    monkeypatch.setattr(room, "_not_cached", lambda root, name, served: seen.update(served) or 0)
+
+    def count(*arguments: Any) -> None:
+        seen.clear()
+        room.check_room(two.root, manifest, *arguments)
+
+    everything = {name for name in manifest["files"] if name.startswith(("shard-", "passages-", "ids-"))}
+    count()
+    assert seen == everything
+    count(room.of_passages)
+    assert seen == {name for name in everything if not name.startswith("shard-")}
+    count(room.of_shards(1, 2), False)
+    assert seen == {"shard-001.faiss", "passages-001.arrow", "ids-001.arrow"}
+    count(room.of_shards(0, 2), False)
+    assert {name for name in seen if name.startswith("shard-")} == {"shard-000.faiss", "shard-002.faiss"}
+    monkeypatch.setattr(room, "free_memory", lambda: 1000)
+    room.check_room(two.root, manifest, room.of_shards(0, 2), False)  # no encoder: nothing that has to fit
+
+
+def test_replicas_of_one_machine_make_sure_of_room_one_after_the_other(
+    two: TwoVersions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = two.manifest(two.new)
+    taken, weights = [0], room.encoder_bytes(manifest)
+    monkeypatch.setattr(room, "free_memory", lambda: 2 * weights - taken[0])
+
+    def load(_: int) -> str:
+        try:
+            with room.room_for(two.root, manifest):
+                time.sleep(0.05)
+                taken[0] += weights
+                return "loaded"
+        except PinakesError:
+            return "no room"
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sorted(pool.map(load, range(4))) == ["loaded", "loaded", "no room", "no room"]
 
 
 def test_an_alias_moved_meanwhile_is_left_alone(two: TwoVersions) -> None:
@@ -184,6 +273,24 @@ def test_smoke_queries_want_finite_scores_and_text(
     scores, rows = np.array([[score]], np.float32), np.array([[row]], np.int64)
     with pytest.raises(ArtifactError, match=message):
         gate.check_smoke(two.manifest(two.new), ["who"], scores, rows, [hits])
+
+
+def smoke(two: TwoVersions, shift: int, **encoder: Any) -> gate.Finding:
+    """Ask the smoke queries, and take for each hit the passage that lies `shift` rows further on."""
+    retriever = Retriever(two.root, two.manifest(two.new))
+    queries = gate.smoke_queries(retriever.manifest, retriever.passages, 8)
+    score_BK, row_BK = retriever.search_vectors(retriever.encoder.encode_queries(queries), 3)
+    row_BK = (row_BK + shift) % len(retriever.passages)
+    manifest = {**retriever.manifest, "encoder": {**retriever.manifest["encoder"], **encoder}}
+    return gate.check_smoke(manifest, queries, score_BK, row_BK, retriever.passages.hits(score_BK, row_BK))
+
+
+def test_passages_are_found_by_their_own_text_where_queries_are_encoded_alike(two: TwoVersions) -> None:
+    assert "8 find their own passage" in smoke(two, 0).what
+    with pytest.raises(ArtifactError, match="none of 8 passages is found by its own text"):
+        smoke(two, 30)
+    assert "own passage" not in smoke(two, 30, query_digest="another tower's").what
+    assert "own passage" not in smoke(two, 30, family="clip").what
 
 
 # Rows that could not be encoded

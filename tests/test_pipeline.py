@@ -239,10 +239,14 @@ def test_search_status_inspect_promote_rollback(job: Job, done: dict[str, Any]) 
     assert found["hits"][0]["id"] == "p43"
     assert len(found["hits"]) == 3
     assert "p43" in pinakes("search", ROWS[43]["text"], "--root", root)
-    other = pinakes_json("index", job.config("g", num_shards=1), "--quiet")["version"]
+    config = job.config("g", num_shards=1)
+    other = pinakes_json("index", config, "--quiet")["version"]
     assert (
         pinakes_json("status", "--root", root)["aliases"][0]["current"] == done["version"]["version"]
     )  # not moved by `index`
+    refused = pinakes("promote", "cats", other, "--root", root, code=7)
+    assert f"pinakes evaluate CONFIG --version {other}" in refused  # because the current version was evaluated
+    pinakes("evaluate", config, "--version", other, "--quiet")
     assert pinakes_json("promote", "cats", other, "--root", root)["current"] == other
     assert pinakes_json("rollback", "cats", "--root", root)["current"] == done["version"]["version"]
     state = pinakes_json("status", "--root", root)

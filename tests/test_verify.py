@@ -414,7 +414,7 @@ def test_embeddings_of_another_encoder_or_cut_are_named(flat: Copy) -> None:
 
 
 def test_another_checkpoint_under_the_same_path_is_found(built: Built, no_model: Path) -> None:
-    """In a process of its own, as users run it: this one has already read the checkpoint."""
+    """In a process of its own, as users run it."""
     write_sentence_transformer(str(no_model), seed=3)
     command = [PINAKES, "verify", "--root", str(built.root), "--name", "flat", "--json", "-q", "--sample", "4"]
     done = subprocess.run(command, capture_output=True, text=True)

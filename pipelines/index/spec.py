@@ -148,6 +148,11 @@ def suggest(spec: IndexSpec, most: int = 3) -> list[str]:
     return found or [example.format(m=divisor) for example in _EXAMPLES]
 
 
+def is_exact(factory: str) -> bool:
+    """Tell whether an index of this type finds just what exact search finds."""
+    return _without_id_map(factory) == "Flat"
+
+
 def _without_id_map(factory: str) -> str:
     bare = re.sub(r"^(IDMap2?,)+", "", factory)
     if bare != factory and "IVF" in bare:

@@ -14,12 +14,13 @@ from typing import Any, NoReturn, cast
 
 from pipelines.errors import ConfigError
 from pipelines.models.base import EncoderFamily, EncoderInfo, Kind, ModelFamily, ModelInfo
-from pipelines.models.files import checkpoint_digest, read_json, refuse
+from pipelines.models.files import checkpoint_digest, checkpoint_stamps, read_json, refuse
 
 __all__ = [
     "FAMILIES",
     "Family",
     "checkpoint_digest",
+    "checkpoint_stamps",
     "describe",
     "find_family",
     "find_model",

@@ -110,16 +110,30 @@ def checkpoint_digest(directory: str) -> str:
 
     Raises CheckpointError when the directory is absent or holds nothing relevant.
     """
+    digest = hashlib.sha256()
+    for name in _checkpoint_names(directory):
+        digest.update(f"{name}\0{file_sha256(Path(directory, name))}\n".encode())
+    return digest.hexdigest()
+
+
+def checkpoint_stamps(directory: str) -> tuple[tuple[str, int, int, int], ...]:
+    """Return (name, bytes, two times in ns) of each file that the digest covers: other ones if a file was written to.
+
+    Raises what `checkpoint_digest` raises.
+    """
+    found = [(name, Path(directory, name).stat()) for name in _checkpoint_names(directory)]
+    # Copies may keep the time of the original's last write, which of checkpoints out of an archive is often all one.
+    return tuple((name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in found)
+
+
+def _checkpoint_names(directory: str) -> list[str]:
     root = Path(directory)
     if not root.is_dir():
         refuse("the checkpoint directory does not exist", directory)
     names = relevant_names([path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()])
     if not names:
         refuse("the checkpoint directory holds no model files", directory)
-    digest = hashlib.sha256()
-    for name in names:
-        digest.update(f"{name}\0{file_sha256(root / name)}\n".encode())
-    return digest.hexdigest()
+    return names
 
 
 def file_sha256(path: str | Path) -> str:

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import yaml
 
-from cluster import jobs
+from cluster import jobs, switch
 from pipelines import publish
 from pipelines.config import parse_config
 from pipelines.index.search import merge_topk
@@ -172,6 +172,25 @@ def test_a_killed_shard_comes_back_and_no_answer_hides_that_it_was_gone(two: Two
         else:
             assert answer["missing_shards"] == [1]
             assert rows in without.values()
+
+
+def test_rolling_back_passes_a_shard_that_hangs_and_one_that_is_gone(two: TwoVersions) -> None:
+    with serving(two, placement="spread", shard_timeout_ms=500, replicas=2) as address:
+        wait_until_whole(address)
+        (shard,) = replicas_of("shard-1")
+        shard.suspend()
+        for expected in (two.old, two.new):
+            began = time.monotonic()
+            result = switch.rollback_from_here(two.root, ALIAS)
+            assert time.monotonic() - began < 15
+            assert (result["current"], publish.current(two.root, ALIAS)) == (expected, expected)
+            assert {search(address, query)[1]["version"] for query in QUERIES} == {expected}
+            if result["current"] == two.old:
+                assert "shard-1" in result["cause"]  # it hangs; one that is gone comes back by the alias
+                shard.kill()
+            else:
+                assert "behind" not in result
+        wait_until_whole(address)
 
 
 @pytest.mark.parametrize("proxy", ["python", "haproxy"])
