@@ -177,9 +177,10 @@ def smoke_k(manifest: dict[str, Any]) -> int:
 def check_smoke(
     manifest: dict[str, Any], queries: Sequence[str], score_BK: Array, row_BK: Array, hits: Sequence[Sequence[Hit]]
 ) -> Finding:
-    """Return the finding on the answers to the smoke queries.
+    """Return the finding on the answers to the smoke queries. Raises ArtifactError when one has none, or no score.
 
-    Raises ArtifactError when one has none or no score, or when no query finds a passage of its own text.
+    How many find a passage of their own text is told, not held against the version: an encoder may well make much of
+    titles, which queries lack.
     """
     where = f"index {manifest['name']!r}, version {manifest['version']}"
     for query, score_K, row_K, found in zip(queries, score_BK, row_BK, hits, strict=True):
@@ -196,10 +197,6 @@ def check_smoke(
     told = f"{len(queries)} smoke queries give hits with finite scores"
     if not _finds_itself(manifest) or list(queries) == [_ANYTHING]:
         return Finding("smoke", "ok", told)
-    # One is enough: coarse codes and vectors of unequal lengths lose some, but by chance alone hardly any is found.
     own = sum(any(_smoke_text(h.passage) == query for h in found) for query, found in zip(queries, hits, strict=True))
-    if not own:
-        raise ArtifactError(f"none of {len(queries)} passages is found by its own text", where=where,
-                            expected="vectors by the version's own encoder, in the order of its passages",
-                            hint="`pinakes verify` says what is wrong with the version")  # fmt: skip
-    return Finding("smoke", "ok", f"{told}; {own} find their own passage")
+    hint = "" if own else "`pinakes verify` tells whether the vectors are its passages'"
+    return Finding("smoke", "ok", f"{told}; {own or 'none'} of them find their own passage", next=hint)

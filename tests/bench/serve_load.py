@@ -23,6 +23,7 @@ _PILOTS = (
     {"threads": 1, "batches": 64},
     {"threads": 1, "batches": 64, "dtype": "bfloat16"},
 )
+_GATEWAYS = "ours, haproxy, 2 gateways"
 _SAME_ANSWERS = 200  # questions asked of both sides
 _ALIKE = 0.98  # of them with the same best passage: bf16 may turn a near tie around
 
@@ -56,6 +57,8 @@ def load(work: Work) -> Result:
         runs = {"alternative": partial(baseline, work.corpus, work.folder, plain)}
         for proxy in work.proxies:
             runs[f"ours, {proxy}"] = partial(ours, work.corpus, work.folder, "one", proxy=proxy)
+        if "haproxy" in work.proxies:
+            runs[_GATEWAYS] = partial(ours, work.corpus, work.folder, "one", proxy="haproxy", replicas=2, threads=1)
         runs["alternative, batching"] = partial(baseline, work.corpus, work.folder, batching)
         for name, server in runs.items():
             rows.setdefault(name, []).append(_measure(work, name, server()))
@@ -86,7 +89,7 @@ def _measure(work: Work, name: str, server: Server) -> Result:
         memory = server.memory_now()
     result = {**many.summary(), "one": one.summary(), "rss_mib": memory, "startup_seconds": server.startup_seconds}
     told = "  ".join(f"p{p} {result[f'p{p}_ms']:.0f}" for p in (50, 95, 99))
-    print(f"  {name:<22} {result['rate']:7.1f} queries/s  {told} ms  failed {result['failed']}; one caller: "
+    print(f"  {name:<25} {result['rate']:7.1f} queries/s  {told} ms  failed {result['failed']}; one caller: "
           f"p50 {result['one']['p50_ms']:.2f} ms; {memory['all']:.0f} MiB", flush=True)  # fmt: skip
     return result | {"best_rows": same}
 
@@ -106,7 +109,7 @@ def _bare(work: Work) -> Result:
     sizes = {"batch": CLIENTS, "k": K, "seconds": work.seconds / 4}
     job = {"root": work.corpus.root, "alias": "bench", "questions": str(work.corpus.questions), **sizes}
     found = run_job(module("serve_bare"), job, work.folder)
-    print(f"  bare loop              {found['rate']:7.1f} queries/s in batches of {CLIENTS}; one question: "
+    print(f"  bare loop                 {found['rate']:7.1f} queries/s in batches of {CLIENTS}; one question: "
           f"p50 {found['one_p50_ms']:.2f} ms", flush=True)  # fmt: skip
     return found
 
@@ -124,7 +127,7 @@ def _compare(work: Work, rows: dict[str, list[Result]], bare: list[Result], sett
         alike = [a == b for a, b in zip(row.pop("best_rows", reference), reference, strict=True)]
         row["same_best_passage"] = sum(alike) / len(alike)
         assert row["same_best_passage"] >= _ALIKE, f"{name} does not answer what the alternative answers"
-        print(f"  {name:<22} {row['ratio']:.2f} of the alternative, {row['share_of_bare']:.2f} of the bare loop, "
+        print(f"  {name:<25} {row['ratio']:.2f} of the alternative, {row['share_of_bare']:.2f} of the bare loop, "
               f"overhead {row['overhead_ms']:.2f} ms")  # fmt: skip
     for proxy in work.proxies:
         row = middle[f"ours, {proxy}"]
