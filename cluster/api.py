@@ -89,7 +89,7 @@ class Backend(Protocol):
         default: the alias searched when none is named. stages: {"reranker": bool, "reader": bool}.
         aliases: {alias: {"current": version, "previous": version or None}}.
         versions: a list of {alias, version, state, num_rows, dim, factory, encoder, metric, num_shards, recall,
-        search_params, created}, the loaded ones; state: "current", "previous" or "pinned"; encoder: its checkpoint.
+        search_params, created}, the loaded ones; state: "current", "previous", "pinned", "prepared"; encoder: its name.
         """
         ...
 

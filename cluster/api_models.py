@@ -195,7 +195,7 @@ class BatchLine(BaseModel):
 
 
 class VersionFacts(BaseModel):
-    """A version that is loaded. state: "current", "previous" or "pinned". recall: as measured when it was built."""
+    """A version that is loaded. state: "current", "previous", "pinned", "prepared". recall: as measured when built."""
 
     model_config = ConfigDict(extra="allow")
 

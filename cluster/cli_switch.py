@@ -19,6 +19,13 @@ Loss = Annotated[
 Address = Annotated[str | None, typer.Option(help="The Ray cluster that serves it, if it runs elsewhere.")]
 
 
+Prepare = Annotated[
+    bool,
+    typer.Option("--prepare", help="Only load it beside the current version, for requests and the page to compare the "
+                 "two; it goes after 20 minutes."),
+]  # fmt: skip
+
+
 @app.command(epilog="Example: pinakes promote wikipedia 3f2a91c04be7d815 --root pinakes-data")
 def promote(
     name: Name,
@@ -26,13 +33,17 @@ def promote(
     root: Root = "pinakes-data",
     max_quality_loss: Loss = None,
     force: Force = False,
+    prepare: Prepare = False,
     address: Address = None,
     json_: Json = False,
 ) -> None:
     """Check a version, load it on every replica that serves, and point the alias to it."""
-    from cluster.switch import promote_from_here
+    from cluster.switch import prepare_from_here, promote_from_here
 
     settings = {} if max_quality_loss is None else {"max_quality_loss": max_quality_loss}
+    if prepare:
+        show(prepare_from_here(root, name, version, settings, address), json_, _prepared)
+        return
     show(promote_from_here(root, name, version, settings, force, address), json_, _summary)
 
 
@@ -42,6 +53,15 @@ def rollback(name: Name, root: Root = "pinakes-data", address: Address = None, j
     from cluster.switch import rollback_from_here
 
     show(rollback_from_here(root, name, address), json_, _summary)
+
+
+def _prepared(result: dict[str, Any]) -> str:
+    from cluster.summaries import alias_lines
+
+    seconds, version = result["seconds"]["prepare"], result["prepared"]
+    lines = [*alias_lines(result), f"  {_counted(result['replicas'])}: loaded {version} beside it in {seconds:.2f} s; "
+             "requests and the page may name it"]  # fmt: skip
+    return "\n".join(lines)
 
 
 def _summary(result: dict[str, Any]) -> str:

@@ -227,8 +227,17 @@ class Gateway:
     ) -> dict[str, Any]:
         """Switch an alias on all replicas. settings: keys of PromoteConfig in place of the config's."""
         self._check_alias(alias)
-        chosen = PromoteConfig(**{**self.settings.model_dump(), **(settings or {})})
-        return await switch.promote(self._fleet(), self.root, alias, version, chosen, force)
+        return await switch.promote(self._fleet(), self.root, alias, version, self._chosen(settings), force)
+
+    async def prepare_everywhere(
+        self, alias: str, version: str, settings: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Load a version beside the current one on all replicas, for requests that name it."""
+        self._check_alias(alias)
+        return await switch.prepare(self._fleet(), self.root, alias, version, self._chosen(settings))
+
+    def _chosen(self, settings: dict[str, Any] | None) -> PromoteConfig:
+        return PromoteConfig(**{**self.settings.model_dump(), **(settings or {})})
 
     async def rollback(self, alias: str) -> dict[str, Any]:
         """Switch an alias back on all replicas."""

@@ -90,13 +90,18 @@ class Versions(Generic[L]):
         chosen = version or now.aliases[name].current
         if (name, chosen) not in now.loaded:
             served = ", ".join(v for a, v in now.loaded if a == name)
-            raise ArtifactError(f"version {chosen!r} of {name!r} is not served here; served: {served}", expected=served)
+            hint = f"`pinakes promote {name} {chosen} --prepare` loads it beside the current one"
+            what = f"version {chosen!r} of {name!r} is not served here; served: {served}"
+            raise ArtifactError(what, expected=served, hint=hint)
         return name, now.loaded[name, chosen]
 
     def prepare(self, alias: str, version: str) -> L:
         """Load a version beside the others, unless it is, and return it. Raises what loading raises."""
         with self._loading:  # one at a time: two would need the room of three
             if (found := self.now.loaded.get((alias, version))) is not None:
+                with self._swapping:
+                    if (alias, version) in self._prepared:  # asked for once more: its time begins anew
+                        self._prepared[alias, version] = time.monotonic()
                 return found
             loaded = self._load(publish.read_version(self.root, alias, version))
             with self._swapping:
@@ -112,6 +117,7 @@ class Versions(Generic[L]):
         counts, encoder: as of `check_room`. Raises PinakesError where there is no room, and what loading raises.
         """
         if (alias, version) in self.now.loaded:
+            self.prepare(alias, version)
             return None
         with room_for(self.root, publish.read_version(self.root, alias, version), counts, encoder) as told:
             self.prepare(alias, version)

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from pipelines import publish
 from pipelines.config import ClusterConfig, PromoteConfig
-from pipelines.errors import PinakesError
+from pipelines.errors import PinakesError, ServiceError
 from pipelines.gate import check_candidate, open_candidate
 from pipelines.manifest import fingerprint
 from pipelines.storage import Store, cache_dir
@@ -118,6 +118,27 @@ async def promote(
     return {**result, "gate": told + result["gate"]}
 
 
+async def prepare(fleet: Fleet, root: str, alias: str, version: str, settings: PromoteConfig) -> dict[str, Any]:
+    """Load a version beside the current one everywhere, to be compared with it; the alias stays where it is.
+
+    Returns its state, `prepared`, and what the gate finds, which refuses nothing yet. Raises ArtifactError for files
+    that do not check, PinakesError when a replica cannot load the version.
+    """
+    state = publish.read_alias(root, alias)
+    findings = await asyncio.to_thread(check_candidate, root, alias, version, str(state["current"]), settings, True)
+    began = time.monotonic()
+    prepared = await fleet.prepare(alias, version)
+    try:
+        _check_all(prepared, alias, version)
+    except PinakesError:
+        await fleet.release(alias, version)
+        raise
+    told = [finding.as_dict() for finding in findings if finding.check in ("recall", "quality")]
+    seconds = {"prepare": round(time.monotonic() - began, 3)}
+    gate = told + (prepared[0] if prepared else [])
+    return {**state, "name": alias, "prepared": version, "gate": gate, "replicas": len(prepared), "seconds": seconds}
+
+
 async def rollback(fleet: Fleet, root: str, alias: str) -> dict[str, Any]:
     """Switch an alias back to its previous version, which the replicas still hold. Raises ConfigError without one."""
     state = await asyncio.to_thread(publish.rollback, root, alias)
@@ -197,6 +218,18 @@ def promote_from_here(
             return dict(gateway.promote.remote(alias, version, force, settings).result())
     chosen = PromoteConfig(**settings)
     return asyncio.run(promote(NoReplicas(root, chosen), root, alias, version, chosen, force))
+
+
+def prepare_from_here(
+    root: str, alias: str, version: str, settings: dict[str, Any], address: str | None = None
+) -> dict[str, Any]:
+    """Prepare a version on the application that serves this root. Raises ServiceError without one within reach."""
+    publish.read_version(root, alias, version)
+    with _gateway(root, alias, address) as gateway:
+        if gateway is None:
+            hint = "start `pinakes serve`, or name the Ray cluster that serves it: --address"
+            raise ServiceError(f"no server of {alias!r} is within reach, to load a version on", where=root, hint=hint)
+        return dict(gateway.prepare_everywhere.remote(alias, version, settings).result())
 
 
 def rollback_from_here(root: str, alias: str, address: str | None = None) -> dict[str, Any]:

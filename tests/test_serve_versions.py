@@ -10,6 +10,7 @@ import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from cluster.cli_switch import _summary
 from cluster.serve_follow import Follower
 from cluster.serve_gateway import Gateway
 from cluster.serve_stages import Shard, ShardDeployments
-from cluster.serve_versions import Versions
+from cluster.serve_versions import _UNUSED_SECONDS, Versions
 from pipelines import publish
 from pipelines.config import PromoteConfig
 from pipelines.errors import ArtifactError, PinakesError, StorageError
@@ -129,6 +130,32 @@ def test_promote_loads_everywhere_then_switches_and_rollback_loads_nothing(two: 
     assert rollback(two, *replicas)["current"] == two.old
     assert [replica.current for replica in replicas] == [two.old, two.old]
     assert [dict(replica.versions.now.loaded) for replica in replicas] == before
+
+
+def test_a_version_may_be_loaded_to_be_compared_before_the_switch(two: TwoVersions) -> None:
+    replicas = Replica(two), Replica(two)
+    prepare = partial(switch.prepare, Replicas(*replicas), two.root, ALIAS, two.new, SETTINGS)
+    result = asyncio.run(prepare())
+    assert (result["current"], result["prepared"], result["replicas"]) == (two.old, two.new, 2)
+    assert publish.current(two.root, ALIAS) == two.old
+    assert [(replica.current, replica.loaded) for replica in replicas] == [(two.old, {two.old, two.new})] * 2
+    for replica in replicas:
+        loaded = replica.versions.take(ALIAS, two.new)[1]
+        replica.versions._prepared[ALIAS, two.new] -= _UNUSED_SECONDS - 60
+        asyncio.run(prepare())  # its time begins anew, and nothing is loaded again
+        replica.versions._prepared[ALIAS, two.new] -= 120
+        replica.versions.sweep()
+        assert replica.versions.take(ALIAS, two.new)[1] is loaded
+        replica.versions._prepared[ALIAS, two.new] -= _UNUSED_SECONDS
+        replica.versions.sweep()
+        with pytest.raises(ArtifactError, match="is not served here") as told:
+            replica.versions.take(ALIAS, two.new)
+        assert f"pinakes promote {ALIAS} {two.new} --prepare" in told.value.hint
+
+    replicas[1].broken.add(two.new)
+    with pytest.raises(PinakesError, match="1 of 2 replicas cannot load"):
+        asyncio.run(prepare())
+    assert [replica.loaded for replica in replicas] == [{two.old}] * 2
 
 
 def test_one_replica_that_cannot_load_stops_it_all(two: TwoVersions) -> None:

@@ -187,8 +187,16 @@ def port() -> int:
 @pytest.mark.parametrize("placement", ["together", "spread"])
 def test_switching_under_load_fails_nobody_and_mixes_nothing(both: Both, port: int, placement: str) -> None:
     publish.promote(both.root, both.name, both.narrow)
+    told = pinakes("promote", both.name, both.wide, "--root", both.root, "--prepare", code=8)
+    assert "no server" in told
     with both.serving(port, placement=placement) as address:
         callers = Callers(address)
+        prepared = pinakes_json("promote", both.name, both.wide, "--root", both.root, "--prepare")
+        assert (prepared["current"], prepared["prepared"], prepared["replicas"]) == (both.narrow, both.wide, 2)
+        assert both.versions_now(address) == {both.narrow}
+        for _ in range(6):  # of whichever replica
+            status, answer, _ = call(address, "/search", {"query": "who", "k": 1, "version": both.wide})
+            assert (status, answer["version"]) == (200, both.wide)
         for _ in range(3):
             switched = pinakes_json("promote", both.name, both.wide, "--root", both.root)
             assert (switched["current"], switched["replicas"]) == (both.wide, 2)
