@@ -227,17 +227,14 @@ class Gateway:
     ) -> dict[str, Any]:
         """Switch an alias on all replicas. settings: keys of PromoteConfig in place of the config's."""
         self._check_alias(alias)
-        return await switch.promote(self._fleet(), self.root, alias, version, self._chosen(settings), force)
+        return await switch.promote(self._fleet(), self.root, alias, version, _merged(self.settings, settings), force)
 
     async def prepare_everywhere(
         self, alias: str, version: str, settings: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """Load a version beside the current one on all replicas, for requests that name it."""
         self._check_alias(alias)
-        return await switch.prepare(self._fleet(), self.root, alias, version, self._chosen(settings))
-
-    def _chosen(self, settings: dict[str, Any] | None) -> PromoteConfig:
-        return PromoteConfig(**{**self.settings.model_dump(), **(settings or {})})
+        return await switch.prepare(self._fleet(), self.root, alias, version, _merged(self.settings, settings))
 
     async def rollback(self, alias: str) -> dict[str, Any]:
         """Switch an alias back on all replicas."""
@@ -295,6 +292,10 @@ class Gateway:
         self.versions.release(alias, version)
         with suppress(Exception):  # what was prepared is let go of in time, whether the shards hear of it or not
             await self.shards.tell(_SHARD_SECONDS, "release", alias, version)
+
+
+def _merged(settings: PromoteConfig, given: dict[str, Any] | None) -> PromoteConfig:
+    return PromoteConfig(**{**settings.model_dump(), **(given or {})})
 
 
 async def _stage_result(stage: str, asked: Any) -> Any:
