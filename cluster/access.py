@@ -37,8 +37,8 @@ ALWAYS = {"/health", "/ready", "/metrics"}
 ADMITTED = "pinakes.admitted"
 """The key of a scope whose request has its place already (`cluster.door`)."""
 DOOR_HEADER, HOLD_HEADER = b"x-pinakes-door", b"x-pinakes-hold"
-"""What a door tells the API (the refusals that it has not counted yet), and the API a door (the seconds after which a
-refused request may come back: the door holds the refusal)."""
+"""What a door tells the API (its refusals that nobody has counted yet: "in_flight=3,reading=1"), and the API a door
+(the seconds after which a refused request may come back: the door holds the refusal)."""
 WITH_BODY = {"POST", "PUT", "PATCH"}
 BODY_SECONDS = 30.0
 _KEYS_SECONDS = 1.0
@@ -156,8 +156,8 @@ class Access:
             await call.refuse(problem, receive)
 
     def _count_refused(self, told: str) -> None:
-        for _ in range(int(told) if told.isdecimal() and len(told) <= _MOST_DIGITS else 0):
-            self.metrics.refused("in_flight")
+        for reason, _, number in (pair.partition("=") for pair in told.split(",")):
+            self.metrics.refused(reason, int(number))
 
     async def _admit(self, path: str, scope: Message, headers: dict[str, str], receive: Receive, call: Call) -> Receive:
         """Return a `receive` that gives the whole body. Raises Problem for who may not pass."""
@@ -203,14 +203,13 @@ class Access:
 
     def _check_rate(self, limit: RateLimit, scope: Message, call: Call) -> None:
         caller = call.key.id if call.key else (scope.get("client") or ["?"])[0]
-        if wait := limit.wait_seconds(caller):
-            raise busy(f"more than {limit.rate:g} queries a second", "rate", wait, 429)
 
-        def charge(num: int) -> None:
-            if wait := limit.charge(caller, num):
+        def refuse(wait: float) -> None:
+            if wait:
                 raise busy(f"more than {limit.rate:g} queries a second", "rate", wait, 429)
 
-        call.charge = charge
+        refuse(limit.wait_seconds(caller))
+        call.charge = lambda num: refuse(limit.charge(caller, num))
 
     async def _body(self, headers: dict[str, str], receive: Receive) -> bytes:
         """Return the whole body. Raises Problem for one that is no JSON, too large (413) or too slow (408)."""

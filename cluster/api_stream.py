@@ -42,10 +42,10 @@ class Batch:
         good have a line each, unless there are no others."""
         first = await self._group(0)
         problems = [outcome for outcome in first if isinstance(outcome, Problem)]
-        alike = len(problems) == len(first) and len({(p.status, p.detail) for p in problems}) == 1
-        good = [self._fault(text) is None for text in self.request.queries]
-        if alike and (any(good[: self.size]) or not any(good)):
-            raise problems[0]
+        if len(problems) == len(first) and len({(p.status, p.detail) for p in problems}) == 1:
+            good = [self._fault(text) is None for text in self.request.queries]
+            if any(good[: self.size]) or not any(good):
+                raise problems[0]
         return first
 
     async def lines(self, first: Sequence[Outcome]) -> AsyncIterator[bytes]:

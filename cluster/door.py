@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
+from collections import Counter
 from typing import Any
 
 from starlette.middleware import Middleware
@@ -77,8 +78,9 @@ class Door:
     def __init__(self, app: Any, config: ServeConfig) -> None:
         self.app, self.config = app, config
         self._own = Room(config.max_ongoing, config.hold_ms / 1000)
-        self._own.refused = self._note
-        self._reading = self._untold = 0
+        self._untold: Counter[str] = Counter()
+        self._own.refused = lambda reason: self._untold.update([reason])
+        self._reading = 0
         if config.access_log:
             open_log()
 
@@ -110,12 +112,13 @@ class Door:
         with room.place(always=path in ALWAYS) as leave:
             visit.leave = leave
             if room is not self._own:
-                await self._pass(visit, {ADMITTED: True}, 0)
+                await self._pass(visit, {ADMITTED: True}, "")
                 return
             tries = _TRIES if visit.whole and (path in _AGAIN or visit.method not in WITH_BODY) else 1
             for number in range(tries):
                 await asyncio.sleep(_RETRY_SECONDS * number)
-                told, self._untold = self._untold, 0
+                told = ",".join(f"{reason}={number}" for reason, number in self._untold.items())
+                self._untold.clear()
                 await self._pass(visit, {}, told)
                 if visit.begun or visit.gone:
                     return
@@ -123,7 +126,7 @@ class Door:
                     break
             raise busy("no replica answers now", "no_replica", 1.0) if visit.put_aside or tries > 1 else failed()
 
-    async def _pass(self, visit: _Visit, more: Message, untold: int) -> None:
+    async def _pass(self, visit: _Visit, more: Message, untold: str) -> None:
         """Have the request answered. Raises Problem (500) where that breaks before any of the answer is out."""
         try:
             await self.app(visit.scope(more, untold), visit.replayed(), visit.send)
@@ -146,9 +149,6 @@ class Door:
         finally:
             self._reading -= 1
 
-    def _note(self, reason: str) -> None:
-        self._untold += 1
-
 
 class _Visit:
     """One request at the door: its clean headers, what has been read of its body, and whether its answer has begun."""
@@ -170,9 +170,9 @@ class _Visit:
         self.begun = self.gone = self.put_aside = False
         self.leave = lambda: None
 
-    def scope(self, more: Message, untold: int) -> Message:
+    def scope(self, more: Message, untold: str) -> Message:
         """Return the scope of one try. untold: refusals that no replica has counted yet."""
-        return {**self._scope, **more, "headers": [*self._headers, (DOOR_HEADER, str(untold).encode())]}
+        return {**self._scope, **more, "headers": [*self._headers, (DOOR_HEADER, untold.encode())]}
 
     async def read(self, most: int) -> None:
         """Keep the body's messages until it is whole, or larger than `most`, which the API refuses."""
@@ -212,7 +212,7 @@ class _Visit:
     async def _held(self, headers: dict[bytes, bytes], retry_seconds: float) -> list[tuple[bytes, bytes]]:
         self.leave()
         left = retry_seconds - await self._room.hold(retry_seconds, self.headers)
-        return [*headers.items(), (b"retry-after", whole_seconds(left).encode())]
+        return list({**headers, b"retry-after": whole_seconds(left).encode()}.items())
 
     async def refuse(self, problem: Problem) -> None:
         self._may_be_rays = False

@@ -51,8 +51,8 @@ class Metrics:
         self._requests.labels(route, method, str(status), self.replica).inc()
         self._seconds.labels(route, self.replica).observe(seconds)
 
-    def refused(self, reason: str) -> None:
-        self._refused.labels(reason, self.replica).inc()
+    def refused(self, reason: str, number: int = 1) -> None:
+        self._refused.labels(reason, self.replica).inc(number)
 
     def watch(self, room: Any) -> None:
         """Tell, whenever somebody looks, how full the room (`cluster.admission`) is, and count whom it turns away."""

@@ -173,6 +173,8 @@ async def asked(app: Any, scope: dict[str, Any] | None = None, messages: list[di
     await app({**base, **(scope or {})}, receive, send)
     if not sent:
         return 0, {}, b""
+    names = [name for name, _ in sent[0]["headers"]]
+    assert len(set(names)) == len(names)
     return sent[0]["status"], dict(sent[0]["headers"]), b"".join(m.get("body", b"") for m in sent[1:])
 
 
@@ -193,6 +195,28 @@ def test_a_caller_that_goes_away_is_forgotten() -> None:
         assert b'status="499"' in metrics.page({"versions": []})
 
     asyncio.run(leave())
+
+
+def test_batches_let_in_together_are_refused_once_the_caller_is_in_debt() -> None:
+    answered = asyncio.Event()
+
+    async def batch(scope: Any, receive: Any, send: Any) -> None:
+        await answered.wait()
+        scope["pinakes"].charge(100)
+        await fine(scope, receive, send)
+
+    async def crowd() -> None:
+        config = ServeConfig(access_log=False, hold_ms=0, rate_per_second=1, rate_burst=5)
+        app = Access(batch, config, None, Metrics())
+        tasks = [asyncio.create_task(asked(app)) for _ in range(5)]
+        while app.room.working < 5:
+            await asyncio.sleep(0)
+        answered.set()
+        answers = [await task for task in tasks]
+        assert [status for status, _, _ in answers] == [200] + [429] * 4
+        assert int(answers[-1][1][b"retry-after"]) > 90
+
+    asyncio.run(crowd())
 
 
 def test_an_answer_that_breaks_off_is_cut_and_not_passed_off_as_whole() -> None:
