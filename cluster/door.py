@@ -208,6 +208,8 @@ class _Visit:
                 if start is not None:
                     await self._send(start)
                 await self._send(message)
+            if not message.get("more_body"):
+                self.leave()  # before this loop hears of the caller again, whatever the server has yet to put away
 
     async def _held(self, headers: dict[bytes, bytes], retry_seconds: float) -> list[tuple[bytes, bytes]]:
         self.leave()

@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pipelines import publish
@@ -26,6 +27,7 @@ from pipelines.manifest import fingerprint
 from pipelines.storage import Store, cache_dir
 
 APPLICATION = "pinakes"
+_AUTH_MODE = "RAY_AUTH_MODE"
 _FIND_SECONDS = 10.0  # for a gateway's word that it serves an alias
 _LOAD_SECONDS = 900.0  # for all replicas to load a version
 _SWITCH_SECONDS = 10.0  # for all to switch to one that is loaded
@@ -254,7 +256,11 @@ def _rolled_back(gateway: Any, alias: str) -> dict[str, Any] | None:
 @contextmanager
 def _gateway(root: str, alias: str, address: str | None) -> Iterator[Any]:
     """Give a handle of the gateway that serves the alias of this root, or None where none is within reach."""
-    address = address or os.environ.get("RAY_ADDRESS") or announced(root)
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address is None and (found := announced(root)):
+        address = found.address
+        if found.auth_mode:  # Ray turns tokens on for a cluster that it starts, not for who connects to it
+            os.environ.setdefault(_AUTH_MODE, found.auth_mode)
     if address is None:
         yield None
         return
@@ -287,11 +293,18 @@ def _announcement(root: str) -> str:
     return os.path.join(cache_dir("servers"), f"{fingerprint([place_of(root)])}.json")
 
 
+@dataclass(frozen=True)
+class Announced:
+    """The Ray cluster of a server on this machine, and its RAY_AUTH_MODE."""
+
+    address: str
+    auth_mode: str | None
+
+
 def announce(root: str, address: str) -> None:
     """Leave word on this machine that this process serves `root` from the Ray cluster at `address`."""
-    Store(cache_dir("servers")).put(
-        os.path.basename(_announcement(root)), json.dumps({"address": address, "pid": os.getpid()}).encode()
-    )
+    word = {"address": address, "auth_mode": os.environ.get(_AUTH_MODE), "pid": os.getpid()}
+    Store(cache_dir("servers")).put(os.path.basename(_announcement(root)), json.dumps(word).encode())
 
 
 def withdraw(root: str) -> None:
@@ -300,12 +313,12 @@ def withdraw(root: str) -> None:
         os.unlink(_announcement(root))
 
 
-def announced(root: str) -> str | None:
-    """Return the address of the cluster from which a living process of this machine serves `root`, or None."""
+def announced(root: str) -> Announced | None:
+    """Return from which cluster a living process of this machine serves `root`, or None."""
     try:
         with open(_announcement(root), encoding="utf-8") as handle:
             found = json.load(handle)
         os.kill(int(found["pid"]), 0)
-        return str(found["address"])
+        return Announced(str(found["address"]), found["auth_mode"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -291,6 +291,31 @@ def test_a_body_beyond_the_limit_is_passed_on_to_be_refused() -> None:
     run(pour)
 
 
+def test_who_has_a_whole_answer_takes_no_room() -> None:
+    async def lingering(scope: Any, receive: Any, send: Any) -> None:
+        await fine(scope, receive, send)
+        await asyncio.sleep(3600)
+
+    async def ask() -> None:
+        app, sent = door.Door(lingering, CONFIG), list[Any]()
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message: Any) -> None:
+            sent.append(app._own.working)
+
+        scope = {"type": "http", "client": ("10.0.0.1", 1), "method": "GET", "path": "/x", "headers": []}
+        task = asyncio.create_task(app(scope, receive, send))
+        await until(lambda: len(sent) == 2)
+        assert (sent, app._own.working) == ([1, 1], 0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert app._own.working == 0
+
+    run(ask)
+
+
 def test_what_breaks_within_an_answer_is_cut() -> None:
     async def half(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})

@@ -269,10 +269,11 @@ def test_the_demo_asks_its_question_of_a_server_that_wants_a_key(
     assert KeyFile(default_url(served.root)).read() == []
 
 
-def test_serve_command_is_found_by_promote_and_stops_on_ctrl_c(served: Served, ray_cluster: str) -> None:
+def test_serve_command_is_found_by_promote_and_stops_on_ctrl_c(served: Served, tmp_path: Path) -> None:
     config = served.job.config("whole", num_shards=1)
     port = str(jobs.free_port())
-    alone = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    # As users have it: without RAY_AUTH_MODE, Ray has a cluster that we start ask for the token in the home folder.
+    alone = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_MODE")} | {"HOME": str(tmp_path)}
     limits = ("--set", "serve.max_ongoing=2", "--set", "serve.hold_ms=20")
     process = subprocess.Popen(
         [PINAKES, "serve", config, "--set", "index.name=cats1", "--set", f"serve.port={port}", *limits],

@@ -469,9 +469,11 @@ def test_a_server_is_found_by_the_word_it_left(
 ) -> None:
     monkeypatch.setenv("PINAKES_CACHE", str(tmp_path / "cache"))
     assert switch.announced(two.root) is None
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
     switch.announce(two.root, "127.0.0.1:1234")
     monkeypatch.chdir(Path(two.root).parent)
-    assert switch.announced(Path(two.root).name) == "127.0.0.1:1234"  # however the root is written
+    # However the root is written.
+    assert switch.announced(Path(two.root).name) == switch.Announced("127.0.0.1:1234", "token")
     (word,) = (tmp_path / "cache" / "servers").iterdir()
     word.write_text(word.read_text().replace(str(os.getpid()), "999999999"))
     assert switch.announced(two.root) is None  # of a process that is no more
