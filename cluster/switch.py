@@ -266,7 +266,6 @@ def _gateway(root: str, alias: str, address: str | None) -> Iterator[Any]:
         return
     from cluster.session import session
 
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with session(ClusterConfig(address=address)):
         yield _find_gateway(root, alias)
 
@@ -275,6 +274,7 @@ def _find_gateway(root: str, alias: str) -> Any:
     from ray import serve
     from ray.serve.exceptions import RayServeException
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # importing it sets another one
     try:
         gateway = serve.get_app_handle(APPLICATION)
         served = gateway.serves.remote(place_of(root), alias).result(timeout_s=_FIND_SECONDS)

@@ -275,19 +275,32 @@ def test_serve_command_is_found_by_promote_and_stops_on_ctrl_c(served: Served, t
     # As users have it: without RAY_AUTH_MODE, Ray has a cluster that we start ask for the token in the home folder.
     alone = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_MODE")} | {"HOME": str(tmp_path)}
     limits = ("--set", "serve.max_ongoing=2", "--set", "serve.hold_ms=20")
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [PINAKES, "serve", config, "--set", "index.name=cats1", "--set", f"serve.port={port}", *limits],
         stderr=subprocess.PIPE, text=True, env=alone,
-    )  # fmt: skip
-    assert process.stderr is not None
-    lines = iter(process.stderr.readline, "")
-    assert any("curl -s" in line for line in lines), "the server never said that it serves"
-    ask_too_much(f"http://127.0.0.1:{port}")  # the door before Serve's proxy refuses, on the server's own cluster
-    command = [PINAKES, "promote", "cats1", publish.current(served.root, "cats1"), "--root", served.root, "--json"]
-    promoted = subprocess.run(command, env=alone, check=True, stdout=subprocess.PIPE, text=True).stdout
-    assert json.loads(promoted)["replicas"] == 1  # the server's cluster is found, by the word it left
-    process.send_signal(signal.SIGINT)
-    told = process.communicate()[1]
+    ) as process:  # fmt: skip
+        try:
+            assert process.stderr is not None
+            lines = iter(process.stderr.readline, "")
+            assert any("curl -s" in line for line in lines), "the server never said that it serves"
+            ask_too_much(
+                f"http://127.0.0.1:{port}"
+            )  # the door before Serve's proxy refuses, on the server's own cluster
+            command = [
+                PINAKES,
+                "promote",
+                "cats1",
+                publish.current(served.root, "cats1"),
+                "--root",
+                served.root,
+                "--json",
+            ]
+            done = subprocess.run(command, env=alone, check=True, capture_output=True, text=True)
+            assert json.loads(done.stdout)["replicas"] == 1  # the server's cluster is found, by the word it left
+            assert done.stderr == ""  # nothing of Ray's
+        finally:
+            process.send_signal(signal.SIGINT)
+            told = process.communicate()[1]
     assert process.returncode == 0, told
     assert "Traceback" not in told
 
